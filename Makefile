@@ -1,0 +1,51 @@
+# make run ARGS="--port 9000" starts the server; make test checks everything.
+PYTHON ?= python3
+WORKERS ?= 2
+CODE = app.py handlers streaming tests bench
+BIN = .venv/bin
+
+.PHONY: venv run test soak bench lint format tools clean
+
+venv: .venv/runtime
+
+.venv/runtime: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	touch $@
+
+# All that tests, lint and bench need, on top of the above.
+.venv/tests: .venv/runtime tests/requirements.txt
+	$(BIN)/pip install --quiet --requirement tests/requirements.txt
+	touch $@
+
+run: venv
+	$(BIN)/python app.py $(ARGS)
+
+test: tools
+	$(MAKE) lint
+	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+# The same tests with larger numbers.
+soak: tools
+	RIVULET_SOAK=1 $(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+bench: .venv/tests
+	$(BIN)/python -m bench $(ARGS)
+
+lint: .venv/tests
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy $(CODE)
+
+format: .venv/tests
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+# Debian packages first: without them there may be no venv.
+tools:
+	PYTHON=$(PYTHON) tests/install.sh
+	$(MAKE) .venv/tests
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/js/node_modules
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

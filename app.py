@@ -1,0 +1,158 @@
+"""Rivulet: `build(config)` makes the application, `main` runs it. The only file that wires.
+
+python app.py [--config FILE] [--host HOST] [--port PORT] [--check-config]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+
+import orjson
+from aiohttp import web
+
+from handlers import chat, openai_api, ops, streams
+from handlers.keys import CONFIG, DELIVERY, GENERATIONS, ROOMS, STATE, State
+from handlers.middleware import DOORS, name_response
+from streaming.config import Config, ConfigError, is_demo, load
+from streaming.delivery import Delivery
+from streaming.demo import DemoModel
+from streaming.dialects import timestamp
+from streaming.generations import Generations
+from streaming.models import Models, ModelSource
+from streaming.rooms import Rooms
+from streaming.upstream import OpenAIUpstream
+
+logger = logging.getLogger("rivulet")
+
+BACKLOG = 4096  # connections waiting to be accepted: a reconnect storm comes at once
+CUT_WAIT = 2.0  # seconds for cut streams to say their last, then for handlers to return
+
+
+def build(config: Config) -> web.Application:
+    """The application, ready to run or to be mounted in another."""
+    app = web.Application(middlewares=DOORS, client_max_size=config.limits.body_bytes)
+    app[CONFIG] = config
+    app[STATE] = State()
+    app[DELIVERY] = Delivery(config.delivery)
+    app[GENERATIONS] = Generations(config.generation, _models(config))
+    app[ROOMS] = Rooms(config.rooms, config.history)
+    for surface in (chat, openai_api, streams, ops):
+        app.add_routes(surface.routes())
+    app.on_response_prepare.append(name_response)
+    app.on_shutdown.append(_drain)
+    return app
+
+
+def _models(config: Config) -> Models:
+    model, demo = config.model, DemoModel(config.demo.max_rate, config.demo.max_tokens)
+
+    def source(base_url: str, api_key: str, name: str) -> ModelSource:
+        if not base_url and is_demo(name):
+            return demo
+        return OpenAIUpstream(base_url, api_key, config.generation.connect_timeout)
+
+    listed = {}
+    for upstream in config.upstreams:
+        # One source for all its models: they share its connections.
+        shared = source(upstream.base_url, upstream.api_key, upstream.models[0])
+        for name in upstream.models:
+            listed[name] = (shared, upstream.fallbacks)
+    return Models(model.name, source(model.base_url, model.api_key, model.name), listed)
+
+
+async def _drain(app: web.Application) -> None:
+    """After SIGTERM, with the listeners closed: running answers may finish within the drain window;
+    then what still streams is cut, so that no client takes it for whole, and comes back elsewhere.
+    """
+    window = app[CONFIG].server.drain
+    app[STATE].draining = True
+    logger.info("draining", extra={"running": app[GENERATIONS].running, "window": window})
+    await app[GENERATIONS].finish(window)
+    await app[DELIVERY].close(retry=window, patience=CUT_WAIT)
+    await app[GENERATIONS].close()
+
+
+class _JSONFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName"}
+
+    def format(self, record: logging.LogRecord) -> str:
+        extra = {k: v for k, v in vars(record).items() if k not in self._STANDARD}
+        line = {
+            "time": timestamp(int(record.created * 1000)),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+            **extra,
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(line, default=str).decode()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the server until SIGTERM or SIGINT; the exit status."""
+    parser = argparse.ArgumentParser(description="A lean streaming server for AI frontends.")
+    parser.add_argument("--config", help="a TOML file (default: config.toml beside app.py)")
+    parser.add_argument("--host", help="address to listen on")
+    parser.add_argument("--port", type=int, help="port to listen on; 0 lets the system choose")
+    parser.add_argument("--check-config", action="store_true", help="check it, and do not run")
+    arguments = parser.parse_args(argv)
+    wanted = {"server.host": arguments.host, "server.port": arguments.port}
+    try:
+        overrides = {key: value for key, value in wanted.items() if value is not None}
+        config = load(arguments.config, os.environ, overrides)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if arguments.check_config:
+        print("the configuration is good")
+        return 0
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JSONFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request, with its URL
+    try:
+        listener = _listen(config.server.host, config.server.port)
+    except OSError as error:
+        print(
+            f"cannot listen on {config.server.host}:{config.server.port}: {error}", file=sys.stderr
+        )
+        return 1
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    web.run_app(
+        build(config),
+        sock=listener,
+        loop=_new_loop(config.server.loop),
+        print=lambda _: logger.info("listening", extra={"url": url, "model": config.model.name}),
+        handler_cancellation=True,  # a parked handler learns that its client has gone
+        access_log=None,
+        shutdown_timeout=CUT_WAIT,
+        backlog=BACKLOG,
+    )
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=BACKLOG)
+
+
+def _new_loop(name: str) -> asyncio.AbstractEventLoop:
+    if name == "uvloop":
+        import uvloop  # only who asks for it needs it
+
+        return uvloop.new_event_loop()
+    return asyncio.new_event_loop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""From a generation to an answer: streamed in any encoding, resumed, or whole as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
+
+from aiohttp import web
+
+from handlers.keys import CONFIG, DELIVERY, GENERATIONS, USER
+from handlers.middleware import error_response, json_response
+from handlers.reading import framing, last_event_id
+from streaming.delivery import Draining, TooSlow, open_stream
+from streaming.dialects import Dialect
+from streaming.encoders import Encoder, Framing, encoder
+from streaming.errors import Conflict, Gone, InvalidField, RivuletError
+from streaming.events import JSON, Event, Position
+from streaming.generations import Generation
+from streaming.log import Cursor, FellBehind
+
+_HEARTBEAT = re.compile(r"[A-Za-z0-9_.-]{1,32}")
+
+
+def choose_encoder(request: web.Request, dialect: Dialect, default: Framing) -> Encoder:
+    """The dialect in the framing that the request asks for; `heartbeat=NAME` names its heartbeats.
+    Raises InvalidField.
+    """
+    wish = request.query.get("heartbeat", "")
+    if wish in ("1", "true"):
+        wish = "heartbeat"
+    if wish and not _HEARTBEAT.fullmatch(wish):
+        raise InvalidField("heartbeat", "must be a name of letters, digits, `_`, `.` and `-`")
+    return encoder(dialect, framing(request, default), wish)
+
+
+async def stream(
+    request: web.Request, generation: Generation, encoder: Encoder, after: int = 0
+) -> web.StreamResponse:
+    """Streams a generation from after offset `after` to its end.
+
+    A client that goes away cancels this and nothing else: the generation runs on. A stream that did
+    not finish is cut where its encoding has no word for that.
+    """
+    with generation.reading():
+        if encoder.dialect.holds:
+            await _hold(request, generation)
+        cursor = Cursor(generation.log, after)
+        return await deliver(request, encoder, cursor, headers_of(generation), generation)
+
+
+async def deliver(
+    request: web.Request,
+    encoder: Encoder,
+    cursor: Cursor,
+    headers: Mapping[str, str],
+    generation: Generation | None = None,
+) -> web.StreamResponse:
+    """Streams a log from the cursor to its end; see `stream`."""
+    sink = await open_stream(request.app[DELIVERY], request, encoder, cursor, headers)
+    try:
+        await sink.follow()
+        ending = generation.ending if generation is not None else None
+        if encoder.cuts and ending is not None and ending.type != "finished":
+            await sink.cut()
+    except Draining:
+        await sink.cut()
+    except (TooSlow, FellBehind):
+        sink.transport.abort()
+    return sink.response
+
+
+async def _hold(request: web.Request, generation: Generation) -> None:
+    """Waits for the first delta, `commit_after` at most. Raises what failed before it."""
+    try:
+        async with asyncio.timeout(request.app[CONFIG].generation.commit_after):
+            await generation.begun.wait()
+    except TimeoutError:
+        return
+    ending = generation.ending
+    if ending is not None and ending.type != "finished" and not generation.spoke:
+        raise failure_of(request, generation)
+
+
+async def whole(
+    request: web.Request, generation: Generation, shape: Callable[[Generation], JSON]
+) -> web.Response:
+    """Waits for the end and answers in one piece. A failure has its own status, never 200; a
+    cancelled generation gives 409 with the text so far.
+    """
+    with generation.reading():
+        await generation.ended.wait()
+    headers = headers_of(generation)
+    assert generation.ending is not None
+    if generation.ending.type == "finished":
+        return json_response(shape(generation), headers=headers)
+    error = failure_of(request, generation)
+    return error_response(request, error, headers, {"text": generation.text()})
+
+
+def failure_of(request: web.Request, generation: Generation) -> RivuletError:
+    """The error that a generation which did not finish means for this request."""
+    ending = generation.ending
+    assert ending is not None
+    if ending.type == "cancelled":
+        return Conflict("Stopped", code="cancelled")
+    error, status = ending.data["error"], ending.data["status"]
+    upstream = ending.data.get("upstream_status", 0)
+    if request.path.startswith("/v1/") and 400 <= upstream < 500:
+        status = upstream  # an OpenAI client knows what its server's 401 means
+    return RivuletError(
+        error["message"],
+        code=error["code"],
+        param=error.get("param"),
+        status=status,
+        retry_after=ending.data.get("retry_after"),
+    )
+
+
+def headers_of(generation: Generation) -> dict[str, str]:
+    """Which stream this is, and which conversation."""
+    headers = {"X-Stream-Id": generation.id}
+    if generation.ask.conversation_id:
+        headers["X-Conversation-Id"] = generation.ask.conversation_id
+    return headers
+
+
+async def resume(
+    request: web.Request, dialect: Dialect, default: Framing
+) -> web.StreamResponse | None:
+    """The answer to a request that carries a position; None to one that carries none.
+
+    Never starts a generation. Where nothing is left to say: 204, which ends an `EventSource`, or to
+    a POST 200 and an empty body. Raises Gone for every position that is not of a generation held
+    here and owned by the caller.
+    """
+    text = last_event_id(request)
+    if text is None:
+        return None
+    position = Position.parse(text)
+    generation = request.app[GENERATIONS].find(position.epoch, request[USER]) if position else None
+    if generation is None or position is None or not generation.log.holds(position):
+        raise Gone("this position cannot be resumed", param="Last-Event-ID")
+    return await attach(
+        request, generation, choose_encoder(request, dialect, default), position.offset
+    )
+
+
+async def attach(
+    request: web.Request, generation: Generation, encoder: Encoder, after: int
+) -> web.StreamResponse:
+    """Streams from a position, or says that nothing is left after it."""
+    if generation.log.closed and not _left(generation.log.read(after), encoder):
+        get = request.method == "GET"
+        headers = {**headers_of(generation), "Cache-Control": "no-store"}
+        return web.Response(status=HTTPStatus.NO_CONTENT if get else HTTPStatus.OK, headers=headers)
+    return await stream(request, generation, encoder, after)
+
+
+def _left(events: list[Event], encoder: Encoder) -> bool:
+    return any(encoder.encode([event]) for event in events)

@@ -1,0 +1,210 @@
+"""The conversation and generation endpoints: each a row of path, how the request is read, dialect.
+
+The table is at the end of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from urllib.parse import quote
+
+import orjson
+from aiohttp import web
+
+from handlers.answers import choose_encoder, resume, stream, whole
+from handlers.keys import CONFIG, GENERATIONS, REQUEST_ID, ROOMS, USER
+from handlers.reading import Fields, read_object
+from streaming.dialects import CHAT, CONTENT, CONTENT_WITHOUT_DONE, TOOL, Dialect
+from streaming.encoders import NDJSON, NDJSON_BRACES, SSE, Framing
+from streaming.errors import InvalidField
+from streaming.events import JSON
+from streaming.generations import Ask, Generation, Key
+from streaming.models import ModelCall
+from streaming.rooms import Room
+
+DEFAULT_PROMPT = "Say hello, and tell me in a few sentences what a streaming server does."
+MODEL_CHARS = 512
+_CONVERSATION = re.compile(r"[!-~]{1,128}")  # it goes into a header
+_ROOM = re.compile(r"[^\s\x00-\x1f]{1,128}")
+_IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a request asks. message: to be said in the conversation, whose last messages are then
+    the context; else `messages` are. room: a shared room to say it in instead. dialect: where the
+    body decides it.
+    """
+
+    messages: list[JSON] = field(default_factory=list)
+    message: str = ""
+    model: str = ""
+    params: JSON = field(default_factory=dict)
+    conversation_id: str = ""
+    room: str = ""
+    streamed: bool = False
+    dialect: Dialect | None = None
+
+
+def _prompt(fields: Fields) -> Question:
+    limit = fields.integer("max_tokens", 0, 1, 10**7)
+    params: JSON = {"max_tokens": limit} if limit else {}
+    return Question(
+        messages=[{"role": "user", "content": fields.text("prompt")}],
+        model=fields.text("model", "", most=MODEL_CHARS),
+        params=params,
+        streamed=fields.flag("stream"),
+    )
+
+
+def _prompt_query(fields: Fields) -> Question:
+    prompt = fields.text("prompt", DEFAULT_PROMPT)
+    model = fields.text("model", "", most=MODEL_CHARS)
+    return Question(messages=[{"role": "user", "content": prompt}], model=model)
+
+
+def _required_prompt_query(fields: Fields) -> Question:
+    fields.text("prompt")
+    return _prompt_query(fields)
+
+
+def _prompt_or_messages(fields: Fields) -> Question:
+    if fields.data.get("messages") is None:
+        return _prompt(fields)
+    return Question(messages=fields.messages(), model=fields.text("model", "", most=MODEL_CHARS))
+
+
+def _message_or_messages(fields: Fields) -> Question:
+    conversation_id = fields.text("conversation_id", "", most=MODEL_CHARS)
+    if conversation_id and not _CONVERSATION.fullmatch(conversation_id):
+        raise InvalidField("conversation_id", "must be 1 to 128 visible ASCII characters")
+    room = fields.text("room", "", most=MODEL_CHARS)
+    if room and (not _ROOM.fullmatch(room) or room.startswith(("conv:", "user:"))):
+        raise InvalidField("room", "must be 1 to 128 visible characters, not conv: or user: first")
+    model = fields.text("model", "", most=MODEL_CHARS)
+    if fields.data.get("message") is None and fields.data.get("messages") is not None:
+        return Question(fields.messages(), "", model, {}, conversation_id, room, dialect=TOOL)
+    conversation_id = conversation_id or f"c{secrets.token_hex(8)}"
+    return Question([], fields.text("message"), model, {}, conversation_id, room)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One endpoint. reads: the fields of its body, or of its query for a GET. streams: always,
+    where the body says `stream: true`, or never.
+    """
+
+    method: str
+    path: str
+    reads: Callable[[Fields], Question]
+    dialect: Dialect
+    framing: Framing = SSE
+    streams: str = "always"
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Resumes where the request carries a position, else starts a generation and answers."""
+        resumed = await resume(request, self.dialect, self.framing)
+        if resumed is not None:
+            return resumed
+        data = dict(request.query) if request.method == "GET" else await read_object(request)
+        limits = request.app[CONFIG].limits
+        if request.method != "GET" and data.get("model") is None and "model" in request.query:
+            data["model"] = request.query["model"]
+        question = self.reads(Fields(data, limits))
+        if self.streams == "never" or (self.streams == "asked" and not question.streamed):
+            generation = start(request, question, data)
+            return await whole(request, generation, _text_and_tokens)
+        encoder = choose_encoder(request, question.dialect or self.dialect, self.framing)
+        return await stream(request, start(request, question, data), encoder)
+
+
+def start(
+    request: web.Request, question: Question, body: JSON, linger: float | None = None
+) -> Generation:
+    """Starts what is asked, or finds what the same idempotency key has started.
+
+    Nothing is awaited from here to the first event, so no client's going can lose it.
+    """
+    generations, user = request.app[GENERATIONS], request[USER]
+    cfg = request.app[CONFIG].generation
+    key = _key(request, body)
+    if (found := generations.started(key)) is not None:
+        return found
+    room, messages = None, question.messages
+    if question.room or question.conversation_id:
+        room = _room(request, question)
+        messages = _said(room, question, user)
+    ask = Ask(
+        ModelCall(question.model, messages, question.params),
+        owner=user,
+        linger=cfg.linger if linger is None else linger,
+        conversation_id=question.conversation_id,
+        room=room,
+        key=key,
+        request_id=request[REQUEST_ID],
+    )
+    return generations.start(ask)
+
+
+def _room(request: web.Request, question: Question) -> Room:
+    # Percent-encoded, so that no owner and id read like another's.
+    owner, conversation = quote(request[USER], safe=""), quote(question.conversation_id, safe="")
+    return request.app[ROOMS].get(question.room or f"conv:{owner}:{conversation}")
+
+
+def _said(room: Room, question: Question, user: str) -> list[JSON]:
+    """Puts what the user says into the conversation; what the model is to be told."""
+    if question.message:
+        room.append("message", {"user_id": user, "content": question.message})
+        return list(room.messages)
+    last = question.messages[-1]
+    if last["role"] == "user" and isinstance(last["content"], str):
+        room.append("message", {"user_id": user, "content": last["content"]})
+    return question.messages
+
+
+def _key(request: web.Request, body: JSON) -> Key | None:
+    """The request's idempotency key, or with single flight one made from user and body."""
+    given = request.headers.get("Idempotency-Key")
+    flight = given is None and request.app[CONFIG].generation.single_flight
+    if given is None and not flight:
+        return None
+    if given is not None and not _IDEMPOTENCY_KEY.fullmatch(given):
+        raise InvalidField("Idempotency-Key", "must be 1 to 255 visible ASCII characters")
+    digest = hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).digest()
+    scope = f"{request.method} {request.path} {request[USER]}"
+    return Key(scope, digest.hex() if given is None else f"key {given}", digest, flight)
+
+
+def _text_and_tokens(generation: Generation) -> JSON:
+    assert generation.ending is not None
+    return {
+        "text": generation.text(),
+        "tokens": generation.ending.data["usage"]["completion_tokens"],
+    }
+
+
+ROWS = (
+    Row("POST", "/api/v1/generate", _prompt, CONTENT, streams="never"),
+    Row("POST", "/api/v1/ai/generate", _prompt, CONTENT, streams="asked"),
+    Row("POST", "/api/v1/ai/generate/stream", _prompt, CONTENT),
+    Row("GET", "/stream", _prompt_query, CONTENT_WITHOUT_DONE, NDJSON),
+    Row("POST", "/stream", _prompt_or_messages, CONTENT),
+    Row("GET", "/chat", _required_prompt_query, CONTENT, NDJSON_BRACES),
+    Row("POST", "/api/chat/stream", _message_or_messages, CHAT),
+)
+
+
+def routes() -> list[web.RouteDef]:
+    """This surface's routes."""
+    return [_route(row) for row in ROWS]
+
+
+def _route(row: Row) -> web.RouteDef:
+    if row.method == "GET":
+        return web.get(row.path, row.handle, allow_head=False)
+    return web.post(row.path, row.handle)

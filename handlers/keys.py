@@ -1,0 +1,26 @@
+"""Typed keys under which the application and a request hold what handlers need."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from streaming.config import Config
+from streaming.delivery import Delivery
+from streaming.generations import Generations
+from streaming.rooms import Rooms
+
+
+class State:
+    """What changes over the life of the application."""
+
+    draining = False
+
+
+CONFIG = web.AppKey("config", Config)
+DELIVERY = web.AppKey("delivery", Delivery)
+GENERATIONS = web.AppKey("generations", Generations)
+ROOMS = web.AppKey("rooms", Rooms)
+STATE = web.AppKey("state", State)
+
+REQUEST_ID = web.RequestKey("request_id", str)
+USER = web.RequestKey("user", str)

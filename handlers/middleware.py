@@ -1,0 +1,130 @@
+"""The doors, in order: request id and access log, the shape of errors, who is calling."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+import orjson
+from aiohttp import web
+
+from handlers.keys import CONFIG, REQUEST_ID, USER
+from streaming.dialects import openai_error
+from streaming.errors import BadRequest, RivuletError
+
+access = logging.getLogger("rivulet.access")
+logger = logging.getLogger("rivulet.handlers")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_USER_CHARS = 128
+
+# What aiohttp itself refuses, by status, in our words.
+_REFUSALS = {
+    400: "bad_request",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "too_large",
+}
+
+
+@web.middleware
+async def request_id(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Names the request, by `X-Request-Id` or anew, and logs one line at its end."""
+    given = request.headers.get("X-Request-Id", "")
+    name = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+    request[REQUEST_ID] = name
+    started = time.monotonic()
+    status = 499  # the client went first
+    try:
+        response = await handler(request)
+        status = response.status
+        return response
+    finally:
+        if request.app[CONFIG].server.access_log:
+            access.info(
+                "request",
+                extra={
+                    "request_id": name,
+                    "method": request.method,
+                    "path": request.path,  # never the query: it may carry secrets
+                    "status": status,
+                    "seconds": round(time.monotonic() - started, 4),
+                },
+            )
+
+
+@web.middleware
+async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Gives every error the one shape. An error after the headers cuts the connection."""
+    try:
+        return await handler(request)
+    except RivuletError as error:
+        return error_response(request, error)
+    except web.HTTPRequestEntityTooLarge:
+        most = request.app[CONFIG].limits.body_bytes
+        message = f"the body is larger than the {most} bytes allowed"
+        return error_response(
+            request, RivuletError(message, status=413, code="too_large", param="body")
+        )
+    except web.HTTPException as refusal:
+        if refusal.status < 400:
+            raise
+        code = _REFUSALS.get(refusal.status, "refused")
+        refused = RivuletError(refusal.reason, status=refusal.status, code=code)
+        return error_response(request, refused, {"Allow": refusal.headers.get("Allow", "")})
+    except ConnectionError:
+        raise  # the client has gone
+    except Exception:
+        logger.exception("handler broke", extra={"request_id": request[REQUEST_ID]})
+        return error_response(request, RivuletError("internal error"))
+
+
+@web.middleware
+async def user(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Who is calling: in open mode whoever the client says, else `anonymous`."""
+    name = request.headers.get("X-User-Id") or request.query.get("user_id") or "anonymous"
+    if len(name) > _USER_CHARS or not name.isprintable():
+        message = f"a user id has at most {_USER_CHARS} printable characters"
+        raise BadRequest(message, param="X-User-Id")
+    request[USER] = name
+    return await handler(request)
+
+
+def error_response(
+    request: web.Request,
+    error: RivuletError,
+    headers: Mapping[str, str] | None = None,
+    beside: Mapping[str, object] | None = None,
+) -> web.Response:
+    """The one error body; under `/v1/` with OpenAI's fields. beside: members next to `error`."""
+    body = error.body(request[REQUEST_ID])
+    if request.path.startswith("/v1/"):
+        body = openai_error(body, error.status)
+    sent = {name: value for name, value in (headers or {}).items() if value}
+    sent["Cache-Control"] = "no-store"
+    if error.retry_after is not None:
+        sent["Retry-After"] = str(max(1, round(error.retry_after)))
+    return json_response({"error": body, **(beside or {})}, error.status, sent)
+
+
+def json_response(
+    body: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    """A JSON answer."""
+    return web.Response(
+        body=orjson.dumps(body), status=status, headers=headers, content_type="application/json"
+    )
+
+
+async def name_response(request: web.Request, response: web.StreamResponse) -> None:
+    """Puts the request's id on its answer (a signal: streams are prepared inside the handler)."""
+    if REQUEST_ID in request:
+        response.headers.setdefault("X-Request-Id", request[REQUEST_ID])
+
+
+DOORS = (request_id, errors, user)

@@ -1,0 +1,97 @@
+"""What operators and their machines ask: is it alive, is it ready, does it stream."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from handlers.answers import choose_encoder, deliver
+from handlers.keys import CONFIG, STATE
+from handlers.middleware import json_response
+from handlers.reading import Fields, last_event_id
+from streaming.dialects import Dialect, timestamp
+from streaming.encoders import SSE
+from streaming.errors import Gone
+from streaming.events import JSON, Event, Position
+from streaming.log import Cursor, Log, now_ms
+
+_NO_STORE = {"Cache-Control": "no-store"}
+
+
+async def health(request: web.Request) -> web.Response:
+    """GET /health: the process answers."""
+    return json_response({"status": "healthy"}, headers=_NO_STORE)
+
+
+async def ready(request: web.Request) -> web.Response:
+    """GET /ready: 200, or 503 when no new client should come here."""
+    if request.app[STATE].draining:
+        return json_response({"status": "draining"}, 503, {**_NO_STORE, "Retry-After": "1"})
+    return json_response({"status": "ready"}, headers=_NO_STORE)
+
+
+async def heartbeat(request: web.Request) -> web.Response:
+    """GET or POST /api/heartbeat"""
+    body = {"status": "ok", "timestamp": timestamp(now_ms())}
+    return json_response(body, headers=_NO_STORE)
+
+
+def _say_count(event: Event) -> list[JSON] | None:
+    if event.type != "delta":
+        return [{"type": event.type}]
+    content = event.data["content"].rstrip()
+    return [{"type": "data", "content": content, "timestamp": event.time}]
+
+
+COUNT = Dialect("count", _say_count, ids="after", merge=False)
+COUNT_EPOCH = "api_stream_count"  # its events are computed, so every life of it is the same
+
+
+async def count(request: web.Request) -> web.StreamResponse:
+    """GET /api/stream?count=10&interval=1: counts, to try a client or a proxy on. Event n of it is
+    the same whenever it is asked for, so it resumes with nothing kept.
+    """
+    fields = Fields(request.query, request.app[CONFIG].limits)
+    messages = fields.integer("count", 10, 0, 1_000_000)
+    interval = fields.number("interval", 1.0, 0.0, 3600.0)
+    encoder = choose_encoder(request, COUNT, SSE)
+    resumed = last_event_id(request)
+    position = Position(COUNT_EPOCH, 0) if resumed is None else Position.parse(resumed)
+    if position is None or position.epoch != COUNT_EPOCH:
+        raise Gone("this position cannot be resumed", param="Last-Event-ID")
+    last = messages + 2  # the start is event 1, message n event n + 1
+    if position.offset >= last:
+        return web.Response(status=204, headers=_NO_STORE)
+    log = Log({}, epoch=COUNT_EPOCH, start=position.offset)
+    cursor = Cursor(log, log.top)
+    task = asyncio.create_task(_count(log, last, interval))
+    try:
+        return await deliver(request, encoder, cursor, {})
+    finally:
+        task.cancel()
+
+
+async def _count(log: Log, last: int, interval: float) -> None:
+    while log.top < last:
+        number = log.top
+        if number == 0:
+            log.append("start", {})
+        elif number == last - 1:
+            log.append("end", {})
+        else:
+            log.append("delta", {"kind": "text", "content": f"Message {number}\n"})
+            if number < last - 2:
+                await asyncio.sleep(interval)
+    log.close()
+
+
+def routes() -> list[web.RouteDef]:
+    """This surface's routes."""
+    return [
+        web.get("/health", health, allow_head=False),
+        web.get("/ready", ready, allow_head=False),
+        web.get("/api/heartbeat", heartbeat, allow_head=False),
+        web.post("/api/heartbeat", heartbeat),
+        web.get("/api/stream", count, allow_head=False),
+    ]

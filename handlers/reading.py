@@ -1,0 +1,175 @@
+"""What a request says: its body, its fields, and the position it resumes from.
+
+Bad input never passes silently: each error names the field (RivuletError, 4xx).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from streaming.config import Limits
+from streaming.encoders import FRAMINGS, NDJSON, SSE, TEXT, Framing
+from streaming.errors import BadRequest, InvalidField, TooLarge
+from streaming.events import JSON
+from streaming.writer import message_chars
+
+
+async def read_json(request: web.Request) -> Any:
+    """The body as JSON, whatever the content type says. Raises BadRequest; aiohttp raises 413."""
+    body = await request.read()
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is not JSON: {error}", param="body") from None
+
+
+async def read_object(request: web.Request) -> JSON:
+    """The body as a JSON object. Raises BadRequest."""
+    body = await read_json(request)
+    if not isinstance(body, dict):
+        raise BadRequest("the body must be a JSON object", param="body")
+    return body
+
+
+class Fields:
+    """Fields of a body or a query, checked as they are taken."""
+
+    def __init__(self, data: Mapping[str, Any], limits: Limits) -> None:
+        self.data = data
+        self._limits = limits
+
+    def text(self, name: str, default: str | None = None, *, most: int = 0) -> str:
+        """A string that is not blank; the default where the field is absent or null. most:
+        characters (0: as many as a prompt may have).
+        """
+        value = self.data.get(name)
+        if value is None and default is not None:
+            return default
+        if value is None:
+            raise InvalidField(name, "is required", code="missing_field")
+        if not isinstance(value, str):
+            raise InvalidField(name, "must be a string")
+        if not value.strip():
+            raise InvalidField(name, "must not be empty")
+        self._check_length(name, len(value), most)
+        return value
+
+    def flag(self, name: str) -> bool:
+        """A boolean; false where the field is absent or null."""
+        value = self.data.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise InvalidField(name, "must be true or false")
+        return bool(value)
+
+    def integer(self, name: str, default: int, low: int, high: int) -> int:
+        """A whole number from low to high, also as digits in a query."""
+        value = self.data.get(name)
+        if value is None:
+            return default
+        if isinstance(value, str):
+            digits = value.removeprefix("-")
+            value = (
+                int(value) if digits.isascii() and digits.isdigit() and len(value) < 16 else None
+            )
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise InvalidField(name, f"must be a whole number from {low} to {high}")
+        return value
+
+    def number(self, name: str, default: float, low: float, high: float) -> float:
+        """A number from low to high, also as text in a query."""
+        value = self.data.get(name, default)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if isinstance(value, bool) or not low <= number <= high:
+            raise InvalidField(name, f"must be a number from {low:g} to {high:g}")
+        return number
+
+    def messages(self, name: str = "messages") -> list[JSON]:
+        """A list of chat messages: objects with a role, and with content unless the assistant's."""
+        value = self.data.get(name)
+        if value is None:
+            raise InvalidField(name, "is required", code="missing_field")
+        if not isinstance(value, list):
+            raise InvalidField(name, "must be a list")
+        if not value:
+            raise InvalidField(name, "must not be empty")
+        if len(value) > self._limits.messages:
+            message = f"{name}: more than {self._limits.messages} messages"
+            raise TooLarge(message, param=name)
+        for i, message in enumerate(value):
+            self._check_message(f"{name}[{i}]", message)
+        self._check_length(name, sum(map(message_chars, value)), 0)
+        return value
+
+    def _check_message(self, place: str, message: Any) -> None:
+        if not isinstance(message, dict):
+            raise InvalidField(place, "must be an object")
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not role:
+            raise InvalidField(f"{place}.role", "must be a string such as user")
+        if content is not None and not isinstance(content, str | list):
+            raise InvalidField(f"{place}.content", "must be a string or a list of parts")
+        blank = not content.strip() if isinstance(content, str) else not content
+        if blank and role not in ("assistant", "tool", "function"):
+            raise InvalidField(f"{place}.content", "must not be empty")
+
+    def _check_length(self, name: str, length: int, most: int) -> None:
+        most = most or self._limits.prompt_chars
+        if length > most:
+            message = f"{name}: {length} characters are more than the {most} allowed"
+            raise TooLarge(message, param=name)
+
+
+def last_event_id(request: web.Request) -> str | None:
+    """The position that this request resumes from, as it was sent; None on a first request."""
+    return request.headers.get("Last-Event-ID") or request.query.get("last_event_id") or None
+
+
+MEDIA_TYPES = {
+    "text/event-stream": SSE,
+    "application/x-ndjson": NDJSON,
+    "application/ndjson": NDJSON,
+    "application/jsonl": NDJSON,
+    "text/plain": TEXT,
+}
+
+
+def framing(request: web.Request, default: Framing) -> Framing:
+    """The framing that `format=` or `Accept` asks for. Raises InvalidField."""
+    wish = request.query.get("format")
+    if wish is not None:
+        found = FRAMINGS.get(wish) or MEDIA_TYPES.get(wish)
+        if found is None:
+            raise InvalidField("format", "must be sse, ndjson or text")
+        return default if found.name == default.name else found
+    accepted = [part.strip().lower() for part in request.headers.get("Accept", "").split(",")]
+    best, best_quality = default, 0.0
+    anything = any(part.startswith("*/*") for part in accepted)
+    for part in accepted:
+        name, _, parameters = part.partition(";")
+        found = MEDIA_TYPES.get(name.strip())
+        # `application/json, text/plain, */*` is what axios always sends: no wish for bare text.
+        if found is None or (found is TEXT and anything):
+            continue
+        quality = _quality(parameters)
+        if quality > best_quality:
+            best, best_quality = found, quality
+    return default if best.name == default.name else best  # a row may have its own NDJSON
+
+
+def _quality(parameters: str) -> float:
+    for parameter in parameters.split(";"):
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0
+    return 1.0

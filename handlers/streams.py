@@ -1,0 +1,76 @@
+"""A generation by its stream id: its status, its events in any dialect, its stop."""
+
+from __future__ import annotations
+
+import re
+
+from aiohttp import web
+
+from handlers.answers import attach, choose_encoder, resume
+from handlers.keys import GENERATIONS, USER
+from handlers.middleware import json_response
+from streaming.dialects import DIALECTS, NATIVE, Dialect
+from streaming.encoders import SSE
+from streaming.errors import InvalidField, NotFound
+from streaming.events import Position
+from streaming.generations import Generation
+
+_OFFSET = re.compile(r"[0-9]{1,15}")
+
+
+async def status(request: web.Request) -> web.Response:
+    """GET /api/v1/streams/{id}"""
+    return json_response(_find(request).status(), headers={"Cache-Control": "no-store"})
+
+
+async def events(request: web.Request) -> web.StreamResponse:
+    """GET /api/v1/streams/{id}/events: from the start, from `starting_after`, or from where
+    `Last-Event-ID` says, which counts more: an `EventSource` sends its URL again as it was.
+    """
+    dialect = _dialect(request)
+    generation = _find(request)
+    resumed = await resume(request, dialect, SSE)
+    if resumed is not None:
+        return resumed
+    encoder = choose_encoder(request, dialect, SSE)
+    return await attach(request, generation, encoder, _starting_after(request, generation))
+
+
+async def stop(request: web.Request) -> web.Response:
+    """POST /api/v1/streams/{id}/stop: 200 however often it is called, before, during and after."""
+    generation = _find(request)
+    generation.stop()
+    return json_response(generation.status())
+
+
+def _find(request: web.Request) -> Generation:
+    generation = request.app[GENERATIONS].find(request.match_info["id"], request[USER])
+    if generation is None:
+        raise NotFound("no such stream", param="id")
+    return generation
+
+
+def _dialect(request: web.Request) -> Dialect:
+    name = request.query.get("dialect", NATIVE.name)
+    if name not in DIALECTS:
+        raise InvalidField("dialect", f"must be one of {', '.join(DIALECTS)}")
+    return DIALECTS[name]
+
+
+def _starting_after(request: web.Request, generation: Generation) -> int:
+    text = request.query.get("starting_after", "0")
+    if _OFFSET.fullmatch(text):
+        text = f"{generation.id}-{text}"
+    position = Position.parse(text)
+    if position is None or not generation.log.holds(position):
+        raise InvalidField("starting_after", "must be an offset or a position of this stream")
+    return position.offset
+
+
+def routes() -> list[web.RouteDef]:
+    """This surface's routes."""
+    return [
+        web.get("/api/v1/streams/{id}", status, allow_head=False),
+        web.get("/api/v1/streams/{id}/events", events, allow_head=False),
+        web.post("/api/v1/streams/{id}/stop", stop),
+    ]

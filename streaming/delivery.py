@@ -1,0 +1,324 @@
+"""Delivery: cursor -> encoder -> socket.
+
+A connection is a `Sink`. While it is live its cursor stands at the top of its log, in the log's
+`Feed`: what is appended in one turn of the loop is encoded once for each kind of reader and
+written straight to every transport. A transport whose buffer passes the high-water mark puts its
+sink out of the feed; the sink's own coroutine then waits for the socket, reads from the log at its
+own pace, and rejoins. So one stalled reader adds nothing to the others and holds no more than one
+read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import struct
+from collections import OrderedDict
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from aiohttp import HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp_sse import EventSourceResponse
+
+from streaming.config import Delivery as DeliveryConfig
+from streaming.encoders import TEXT, Encoder
+from streaming.log import Cursor, Log, now_ms
+
+READ_LIMIT = 256 * 1024  # bytes of text in one read of a sink that catches up: its share of memory
+STREAM_HEADERS = {
+    "Cache-Control": "no-cache, no-transform",
+    "X-Accel-Buffering": "no",
+    "X-Content-Type-Options": "nosniff",
+}
+HANG_UP = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
+
+
+class TooSlow(Exception):
+    """A reader has taken nothing for `write_timeout` seconds. It is cut, and can resume."""
+
+
+class Draining(Exception):
+    """The server is going away, and this stream with it."""
+
+
+class Delivery:
+    """What all sinks share: the feeds, the heartbeats, the end.
+
+    heartbeat: seconds of silence after which a stream gets one.
+    """
+
+    def __init__(self, config: DeliveryConfig) -> None:
+        self.config = config
+        self.sinks: set[Sink] = set()
+        self._feeds: dict[Log, Feed] = {}
+        self._silent: OrderedDict[Feed, float] = OrderedDict()  # by the time of the last write
+        self._timer: asyncio.TimerHandle | None = None
+
+    def feed(self, log: Log) -> Feed:
+        """The feed of this log, made where there is none."""
+        feed = self._feeds.get(log)
+        if feed is None:
+            feed = self._feeds[log] = Feed(self, log)
+            self.written(feed)
+        return feed
+
+    def forget(self, feed: Feed) -> None:
+        """A feed that has no sink left goes."""
+        del self._feeds[feed.log], self._silent[feed]
+        feed.log.listener = None
+
+    def written(self, feed: Feed) -> None:
+        """Something has just gone out to this feed's sinks."""
+        loop = asyncio.get_running_loop()
+        self._silent[feed] = loop.time()
+        self._silent.move_to_end(feed)
+        if self._timer is None:
+            self._timer = loop.call_later(self.config.heartbeat, self._beat)
+
+    def _beat(self) -> None:
+        # One timer for all: the feeds stand in the order of their last write.
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        due = loop.time() - self.config.heartbeat
+        while self._silent:
+            feed, last = next(iter(self._silent.items()))
+            if last > due:
+                self._timer = loop.call_at(last + self.config.heartbeat, self._beat)
+                break
+            self.written(feed)
+            feed.beat()
+
+    async def close(self, retry: float, patience: float) -> None:
+        """Cuts every stream so that its client comes back after up to `retry` seconds, and waits
+        until they are gone, for `patience` seconds at most.
+        """
+        for sink in list(self.sinks):
+            sink.say_retry(random.uniform(0, retry))
+            sink.wake(Draining())
+        try:
+            async with asyncio.timeout(patience):
+                while self.sinks:
+                    await next(iter(self.sinks)).gone.wait()
+        except TimeoutError:
+            pass
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class Feed:
+    """The live sinks of one log, in groups that get the same bytes."""
+
+    def __init__(self, delivery: Delivery, log: Log) -> None:
+        self.log = log
+        self.offset = log.top  # what has been written to every live sink
+        self._delivery = delivery
+        self._groups: dict[tuple[Encoder, bool], set[Sink]] = {}
+        self._scheduled = False
+        log.listener = self._appended
+
+    def add(self, sink: Sink) -> None:
+        """Makes a sink live; its cursor must stand where this feed does."""
+        assert sink.cursor.offset == self.offset
+        self._groups.setdefault((sink.encoder, sink.chunked), set()).add(sink)
+
+    def remove(self, sink: Sink) -> None:
+        """Puts a sink out, its cursor behind what it was written. Does nothing for one not in."""
+        group = self._groups.get((sink.encoder, sink.chunked))
+        if group is None or sink not in group:
+            return
+        group.remove(sink)
+        sink.cursor.offset = self.offset
+        if not group:
+            del self._groups[sink.encoder, sink.chunked]
+            if not self._groups:
+                self._delivery.forget(self)
+
+    def _appended(self) -> None:
+        # What comes in one turn of the loop goes out in one write.
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Writes what is new to every live sink; at the log's end lets them go."""
+        self._scheduled = False
+        log = self.log
+        if not self._groups:
+            return
+        lagging: list[Sink] = []
+        start, self.offset = self.offset, log.top
+        if start < log.top:
+            for (encoder, chunked), sinks in self._groups.items():
+                data = encoder.encode(log.read(start, merge=encoder.dialect.merge))
+                if data:
+                    _write_all(sinks, chunk(data) if chunked else data, lagging)
+            self._delivery.written(self)
+        if log.closed:
+            lagging = [sink for sinks in self._groups.values() for sink in sinks]
+        for sink in lagging:
+            self.remove(sink)
+            sink.wake()
+
+    def beat(self) -> None:
+        """Writes a heartbeat to every live sink."""
+        lagging: list[Sink] = []
+        for (encoder, chunked), sinks in self._groups.items():
+            if data := encoder.heartbeat(now_ms()):
+                _write_all(sinks, chunk(data) if chunked else data, lagging)
+        for sink in lagging:
+            self.remove(sink)
+            sink.wake()
+
+
+def _write_all(sinks: set[Sink], data: bytes, lagging: list[Sink]) -> None:
+    for sink in sinks:
+        transport = sink.transport
+        if not transport.is_closing():  # closing: its coroutine is about to be cancelled
+            transport.write(data)
+            if sink.protocol.writing_paused:
+                lagging.append(sink)
+
+
+def chunk(data: bytes) -> bytes:
+    """One chunk of HTTP/1.1's chunked coding (RFC 9112, section 7.1); data must not be empty."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+class Sink:
+    """One streaming response: transport, encoder, cursor. Made by `open_stream`."""
+
+    def __init__(
+        self,
+        delivery: Delivery,
+        request: web.Request,
+        response: web.StreamResponse,
+        writer: AbstractStreamWriter,
+        encoder: Encoder,
+        cursor: Cursor,
+    ) -> None:
+        assert request.transport is not None
+        self.response = response
+        self.encoder = encoder
+        self.cursor = cursor
+        self.transport = request.transport
+        self.protocol = request.protocol
+        # On HTTP/1.0 the end of the body is the end of the connection.
+        self.chunked = request.version >= HttpVersion11
+        self._delivery = delivery
+        self._writer = writer
+        self.gone = asyncio.Event()
+        self._parked: asyncio.Future[None] | None = None
+        self._woken: Exception | None = None
+
+    def write(self, data: bytes) -> None:
+        """Hands bytes to the transport. Empty bytes, and a closing transport, are passed over."""
+        if data and not self.transport.is_closing():
+            self.transport.write(chunk(data) if self.chunked else data)
+
+    async def follow(self) -> None:
+        """Delivers everything from the cursor to the end of the log, live once it has caught up.
+
+        Raises TooSlow, FellBehind where the log was trimmed past it, Draining. When it returns or
+        raises, or is cancelled, the sink is in no feed and nothing is written to it any more.
+        """
+        self._delivery.sinks.add(self)
+        try:
+            while not self.cursor.ended:
+                if self._woken is not None:
+                    raise self._woken
+                merge = self.encoder.dialect.merge
+                if events := self.cursor.read(merge=merge, limit=READ_LIMIT):
+                    self.write(self.encoder.encode(events))
+                    await self.drained()
+                else:
+                    await self._live()
+        finally:
+            self._delivery.sinks.discard(self)
+            self.gone.set()
+
+    async def _live(self) -> None:
+        feed = self._delivery.feed(self.cursor.log)
+        if feed.offset != self.cursor.offset:
+            # The feed's own flush is about to come: with it they stand at the same place. It may
+            # put out the last sink of the feed, and the feed with it.
+            feed.flush()
+            feed = self._delivery.feed(self.cursor.log)
+        self._parked = asyncio.get_running_loop().create_future()
+        feed.add(self)
+        try:
+            await self._parked
+        finally:
+            self._parked = None
+            feed.remove(self)
+        await self.drained()
+
+    def wake(self, error: Exception | None = None) -> None:
+        """Ends the live state; with an error, ends `follow` with it."""
+        if error is not None:
+            self._woken = error
+        if self._parked is not None and not self._parked.done():
+            self._parked.set_result(None)
+
+    async def drained(self) -> None:
+        """Waits until the socket has taken enough of what was written.
+
+        Raises TooSlow after `write_timeout` seconds in which it took nothing, ConnectionError where
+        it is gone.
+        """
+        while self.protocol.writing_paused:
+            waiting = self.transport.get_write_buffer_size()
+            try:
+                async with asyncio.timeout(self._delivery.config.write_timeout):
+                    await self._writer.drain()
+            except TimeoutError:
+                if self.transport.get_write_buffer_size() >= waiting:
+                    raise TooSlow from None
+
+    def say_retry(self, seconds: float) -> None:
+        """Tells an EventSource when to come back (HTML standard, 9.2.6: `retry:`)."""
+        if self.encoder.framing.comments:
+            self.write(b"retry: %d\n\n" % (seconds * 1000))
+
+    async def cut(self) -> None:
+        """Ends the connection so that the body does not look whole: no last chunk, and where
+        HTTP/1.0 has no chunks, a reset. What was written goes out first.
+        """
+        self.transport.set_write_buffer_limits(high=0)
+        await self.drained()
+        raw = self.transport.get_extra_info("socket")
+        if not self.chunked and raw is not None:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, HANG_UP)
+        self.transport.abort()
+
+
+async def open_stream(
+    delivery: Delivery,
+    request: web.Request,
+    encoder: Encoder,
+    cursor: Cursor,
+    headers: Mapping[str, str],
+) -> Sink:
+    """Sends status and headers of a streaming answer, and its opening. Raises ConnectionError."""
+    response: web.StreamResponse
+    if encoder.framing.comments:
+        # For its headers and its TCP_USER_TIMEOUT; what is sent goes past it.
+        response = EventSourceResponse(allow_all_methods=True, headers=headers)
+    else:
+        response = web.StreamResponse(status=HTTPStatus.OK, headers=headers)
+        response.content_type = encoder.framing.media_type
+        if encoder.framing is TEXT:
+            response.charset = "utf-8"
+    response.headers.update(STREAM_HEADERS)
+    if request.version < HttpVersion11:
+        response.force_close()
+        response.headers["Connection"] = "close"
+    writer = await response.prepare(request)
+    if isinstance(response, EventSourceResponse):
+        response.stop_streaming()  # its ping task: heartbeats here come from one timer for all
+    assert writer is not None and request.transport is not None
+    request.transport.set_write_buffer_limits(high=delivery.config.high_water)
+    sink = Sink(delivery, request, response, writer, encoder, cursor)
+    sink.write(encoder.opening)
+    return sink

@@ -1,0 +1,126 @@
+"""Framings: events to bytes. Pure: no state, no clock, no socket.
+
+SSE is the event stream of the HTML standard (section 9.2); NDJSON is one JSON object a line; text
+is the bare answer. An `Encoder` is one dialect in one framing; the table is at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import orjson
+
+from streaming.dialects import DONE, Dialect, is_text
+from streaming.events import Event
+
+
+def _sse(dialect: Dialect, events: Iterable[Event]) -> bytes:
+    # orjson escapes every control character, so a JSON object is always one `data:` line.
+    out: list[bytes] = []
+    for event in events:
+        objects = dialect.say(event)
+        if objects is None:
+            continue
+        id = f"id: {event.id}\n".encode() if dialect.ids != "none" else b""
+        before = id if dialect.ids == "before" else b""
+        if dialect.named:
+            before += b"event: %b\n" % event.type.encode()
+        for item in objects:
+            if item is not DONE:
+                if dialect.named:
+                    item["id"] = str(event.id)
+                out += (before, b"data: ", orjson.dumps(item), b"\n\n")
+            elif dialect.done:
+                out.append(b"data: [DONE]\n\n")
+        if dialect.ids == "after":
+            out += (id, b"\n")
+    return b"".join(out)
+
+
+def _ndjson(dialect: Dialect, events: Iterable[Event]) -> bytes:
+    out: list[bytes] = []
+    for event in events:
+        for item in dialect.say(event) or ():
+            if item is DONE:
+                continue
+            if dialect.ids != "none":
+                item["id"] = str(event.id)
+            out += (orjson.dumps(item), b"\n")
+    return b"".join(out)
+
+
+def _ndjson_braces(dialect: Dialect, events: Iterable[Event]) -> bytes:
+    """For readers that find the end of an object by looking for `}`: none inside strings."""
+    out: list[bytes] = []
+    for event in events:
+        for line in _ndjson(dialect, [event]).splitlines():
+            # Flat objects only (content): the last brace of a line is the object's own.
+            out += (line[:-1].replace(b"}", b"\\u007d"), b"}\n")
+    return b"".join(out)
+
+
+def _text(dialect: Dialect, events: Iterable[Event]) -> bytes:
+    return b"".join(event.data["content"].encode() for event in events if is_text(event))
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """How objects become bytes. comments: the framing has comments, for opening and heartbeats.
+    cuts: it has no form for an error, so that a failed stream is cut.
+    """
+
+    name: str
+    media_type: str
+    encode: Callable[[Dialect, Iterable[Event]], bytes]
+    comments: bool = False
+    cuts: bool = False
+
+
+SSE = Framing("sse", "text/event-stream", _sse, comments=True)
+NDJSON = Framing("ndjson", "application/x-ndjson", _ndjson)
+NDJSON_BRACES = Framing("ndjson", "application/x-ndjson", _ndjson_braces)
+TEXT = Framing("text", "text/plain", _text, cuts=True)
+
+FRAMINGS = {f.name: f for f in (SSE, NDJSON, TEXT)}
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """One dialect in one framing. heartbeat_event: the name of the event that a client asked its
+    heartbeats to be; empty for comments.
+    """
+
+    dialect: Dialect
+    framing: Framing
+    heartbeat_event: str = ""
+
+    def encode(self, events: Iterable[Event]) -> bytes:
+        """The bytes of these events, perhaps none."""
+        return self.framing.encode(self.dialect, events)
+
+    @property
+    def opening(self) -> bytes:
+        """What goes out before the first event, so that headers and proxies let go at once."""
+        return b": stream\n\n" if self.framing.comments and not self.dialect.holds else b""
+
+    def heartbeat(self, time: int) -> bytes:
+        """What goes out in a long silence; nothing where the framing has no room for it."""
+        name = self.heartbeat_event
+        if not name:
+            return b": heartbeat\n\n" if self.framing.comments else b""
+        if self.framing.comments:
+            return b'event: %b\ndata: {"timestamp":%d}\n\n' % (name.encode(), time)
+        return orjson.dumps({"type": name, "timestamp": time}) + b"\n"
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a stream that did not finish is cut: it must never look finished."""
+        return self.framing.cuts or self.dialect.cuts
+
+
+@lru_cache(maxsize=256)
+def encoder(dialect: Dialect, framing: Framing, heartbeat_event: str = "") -> Encoder:
+    """The one Encoder of this kind, so that readers of a kind share each encoding."""
+    return Encoder(dialect, framing, heartbeat_event)

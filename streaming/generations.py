@@ -1,0 +1,393 @@
+"""Generations: a model call, its log, and the task that turns the one into the other.
+
+A generation runs in a task of its own, never in a request's. Who reads it comes and goes; when
+nobody has read it for `linger` seconds it is cancelled. Stop is a call. Its log ends with exactly
+one of `finished`, `failed`, `cancelled`, and is kept for `retention` seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from streaming import config
+from streaming.clock import FlushClock
+from streaming.dialects import ENDINGS, is_text, timestamp
+from streaming.errors import InvalidField, RivuletError, Unavailable, UpstreamError
+from streaming.events import JSON, Event, new_epoch
+from streaming.log import Log, now_ms
+from streaming.models import ModelCall, Models, Route
+from streaming.rooms import Room
+from streaming.writer import Writer
+
+logger = logging.getLogger("rivulet.generations")
+
+RETRY_AFTER_MAX = 30.0  # seconds; an upstream that asks for more is not waited for
+FINISH_GRACE = 2.0  # seconds for usage and [DONE] once the model has said that it is done
+OVERHEAD = 8192  # bytes of an ended generation besides its text
+KEYED_LINGER = 60.0  # seconds at least: whoever sends a key means to come back with it
+
+
+class Key(NamedTuple):
+    """An idempotency key. scope: user and route. digest: of the request's body.
+
+    flight: made by the server from user and body, and valid only while the generation runs (single
+    flight).
+    """
+
+    scope: str
+    key: str
+    digest: bytes
+    flight: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What somebody wants generated.
+
+    owner: who may read and stop it. linger: seconds it runs on with nobody reading. room: where its
+    start and end are told. request_id: for the error that a reader may get.
+    """
+
+    call: ModelCall
+    owner: str
+    linger: float
+    conversation_id: str = ""
+    room: Room | None = None
+    key: Key | None = None
+    request_id: str = ""
+
+
+class Generation:
+    """One model answer. `id` is its stream id and its log's epoch; `log` is what it says.
+
+    `begun` is set with its first delta, `ended` with its end; the end sets both. `on_end` is called
+    once, after the ending is in the log.
+    """
+
+    def __init__(
+        self,
+        ask: Ask,
+        models: Models,
+        clock: FlushClock,
+        cfg: config.Generation,
+        on_end: Callable[[Generation], None],
+    ) -> None:
+        self.id = new_epoch()
+        self.owner = ask.owner
+        self.ask = ask
+        self.log = Log(
+            {
+                "stream_id": self.id,
+                "conversation_id": ask.conversation_id,
+                "model": ask.call.model or models.default_name,
+                "created": now_ms(),
+            },
+            epoch=self.id,
+        )
+        self.begun = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.ending: Event | None = None
+        self._models = models
+        self._on_end = on_end
+        self._clock = clock
+        self._config = cfg
+        keyed = ask.key is not None and not ask.key.flight
+        self._linger = max(ask.linger, KEYED_LINGER) if keyed else ask.linger
+        self._readers = 0
+        self._abandon: asyncio.TimerHandle | None = None
+        self._writer = Writer(self.log, _choices(ask.call), cfg.max_bytes)
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Tells its room, and begins. The log has its first event when this returns."""
+        origin = self.log.origin
+        self.log.append("started", {"model": origin["model"]})
+        if self.ask.room is not None:
+            started = {"stream_id": self.id, "user_id": self.owner, "model": origin["model"]}
+            self.ask.room.append("started", started)
+        self._task = asyncio.create_task(self._run())
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Somebody reads it, or waits for its end, as long as this is open."""
+        self._readers += 1
+        if self._abandon is not None:
+            self._abandon.cancel()
+            self._abandon = None
+        try:
+            yield
+        finally:
+            self._readers -= 1
+            if not self._readers and self.ending is None:
+                loop = asyncio.get_running_loop()
+                self._abandon = loop.call_later(self._linger, self._cancel, "abandoned")
+
+    def stop(self) -> None:
+        """Ends it as `cancelled` and closes the upstream's connection; after the end, nothing."""
+        self._cancel("stopped")
+
+    def status(self) -> JSON:
+        """What `GET /api/v1/streams/{id}` says: state, position, model, usage, times, error."""
+        origin, ending = self.log.origin, self.ending
+        data = ending.data if ending is not None else {}
+        return {
+            "stream_id": self.id,
+            "state": ending.type if ending is not None else "running",
+            "position": str(self.log.position),
+            "model": origin["model"],
+            "conversation_id": origin["conversation_id"] or None,
+            "finish_reason": data.get("finish_reason"),
+            "usage": data.get("usage"),
+            "error": data.get("error"),
+            "started": timestamp(origin["created"]),
+            "finished": timestamp(ending.time) if ending is not None else None,
+        }
+
+    @property
+    def spoke(self) -> bool:
+        """Whether anything of the answer has come."""
+        return self._writer.spoken
+
+    @property
+    def cost(self) -> int:
+        """Bytes of memory that it takes once it has ended, roughly."""
+        return self.log.size * 3 + OVERHEAD
+
+    def text(self) -> str:
+        """The answer so far."""
+        return "".join(e.data["content"] for e in self.log.read(0) if is_text(e))
+
+    def _cancel(self, reason: str) -> None:
+        if self.ending is None:
+            self._end("cancelled", {"reason": reason})
+            if self._task is not None:
+                self._task.cancel()
+
+    def _end(self, type: str, data: JSON) -> None:
+        """The one place where a generation ends. Nothing is appended after it."""
+        assert type in ENDINGS
+        if self.ending is not None:
+            return
+        self._writer.close_parts()
+        usage = self._writer.usage(self.ask.call.messages)
+        data = {**data, "usage": usage, "model": self.log.origin["model"]}
+        self.ending = self.log.append(type, data)
+        self.log.close()
+        if self._abandon is not None:
+            self._abandon.cancel()
+        if self.ask.room is not None:
+            told = {"stream_id": self.id, "user_id": self.owner, "content": self.text(), **data}
+            self.ask.room.append(type, told)
+        self.begun.set()
+        self.ended.set()
+        self._on_end(self)
+
+    def _fail(self, error: RivuletError) -> None:
+        data = {"error": error.body(self.ask.request_id), "status": error.status}
+        if error.retry_after is not None:
+            data["retry_after"] = error.retry_after
+        if isinstance(error, UpstreamError) and error.upstream_status:
+            data["upstream_status"] = error.upstream_status
+        self._end("failed", data)
+
+    async def _run(self) -> None:
+        try:
+            async with asyncio.timeout(self._config.total_timeout):
+                await self._answer()
+        except UpstreamError as error:
+            self._fail(error)
+        except TimeoutError:
+            limit = self._config.total_timeout
+            self._fail(UpstreamError("total_timeout", f"the answer took longer than {limit:g} s"))
+        except asyncio.CancelledError:
+            # By `close`; a stop has ended it already. Nobody asked for this: it has failed.
+            self._fail(Unavailable("the server is going away", code="shutting_down", retry_after=1))
+            raise
+        except Exception:
+            logger.exception("generation broke", extra={"stream_id": self.id})
+            self._fail(RivuletError("internal error"))
+        else:
+            reasons = self._writer.finish_reasons
+            data: JSON = {"finish_reason": reasons.get(0, "stop")}
+            if len(reasons) > 1:
+                data["finish_reasons"] = {
+                    str(choice): reasons[choice] for choice in sorted(reasons)
+                }
+            self._end("finished", data)
+
+    async def _answer(self) -> None:
+        """Tries the model, again where that may help, then its fallbacks in order; never again once
+        a token has come. Raises UpstreamError: the last attempt's.
+        """
+        failure: UpstreamError | None = None
+        for route in self._models.routes(self.ask.call.model):
+            for attempt in range(self._config.retries + 1):
+                try:
+                    return await self._attempt(route)
+                except UpstreamError as error:
+                    failure = error
+                if self._writer.spoken or failure.upstream_status in (400, 413, 422):
+                    raise failure  # said already; or asked wrongly, which no other model mends
+                wait = failure.retry_after or 0.0
+                if not failure.retryable or wait > RETRY_AFTER_MAX:
+                    break
+                if attempt < self._config.retries:
+                    longest = min(self._config.backoff * 2**attempt, self._config.backoff_max)
+                    await asyncio.sleep(max(wait, longest * random.uniform(0.5, 1)))
+        assert failure is not None
+        raise failure
+
+    async def _attempt(self, route: Route) -> None:
+        cfg, writer = self._config, self._writer
+        loop = asyncio.get_running_loop()
+        call = replace(self.ask.call, model=route.model)
+        self.log.origin = {**self.log.origin, "model": route.model}
+        extended = 0.0
+        try:
+            async with (
+                asyncio.timeout(cfg.first_token_timeout) as deadline,
+                aclosing(route.source.stream(call)) as batches,
+            ):
+                async for pieces in batches:
+                    later = writer.spoken
+                    writer.write(pieces)
+                    if not writer.spoken:
+                        continue
+                    self.begun.set()
+                    now = loop.time()
+                    if writer.complete:
+                        deadline.reschedule(now + FINISH_GRACE)
+                    elif now > extended:
+                        # Moving a timer costs more than a token: move it a tenth at a time.
+                        extended = now + cfg.idle_timeout * 0.1
+                        deadline.reschedule(now + cfg.idle_timeout * 1.1)
+                    if later:
+                        await self._clock.rest()
+        except TimeoutError:
+            if not writer.complete:
+                raise self._silence() from None
+        except UpstreamError:
+            if not writer.complete:
+                raise
+        if not writer.complete:
+            raise UpstreamError("upstream_cut", "the model's answer ended without a finish reason")
+
+    def _silence(self) -> UpstreamError:
+        if self._writer.spoken:
+            limit = self._config.idle_timeout
+            return UpstreamError("idle_timeout", f"the model said nothing for {limit:g} s")
+        limit = self._config.first_token_timeout
+        return UpstreamError("first_token_timeout", f"no answer began within {limit:g} s")
+
+    async def close(self) -> None:
+        """Cancels it and waits until the upstream's connection is closed."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+
+class Generations:
+    """All generations of this instance: those that run, and those that ended not long ago."""
+
+    def __init__(self, cfg: config.Generation, models: Models) -> None:
+        self.models = models
+        self._config = cfg
+        self._clock = FlushClock(cfg.flush_interval)
+        self._held: dict[str, Generation] = {}
+        self._running: dict[str, Generation] = {}
+        self._keys: dict[tuple[str, str], Generation] = {}
+        self._leaving: deque[tuple[float, Generation]] = deque()  # ended; when each leaves
+        self._leaving_bytes = 0
+
+    @property
+    def running(self) -> int:
+        """How many run now."""
+        return len(self._running)
+
+    def start(self, ask: Ask) -> Generation:
+        """Starts a generation, or finds the one that the same key has started.
+
+        Raises InvalidField where the key came with another body before, Unavailable where too many
+        run. A key is free again when its generation failed or was abandoned.
+        """
+        if (found := self.started(ask.key)) is not None:
+            return found
+        self._sweep()
+        if len(self._running) >= self._config.max_running:
+            raise Unavailable("too many answers are running", code="overloaded", retry_after=5)
+        generation = Generation(ask, self.models, self._clock, self._config, self._ended)
+        self._held[generation.id] = self._running[generation.id] = generation
+        if ask.key is not None:
+            self._keys[ask.key.scope, ask.key.key] = generation
+        generation.start()
+        return generation
+
+    def started(self, key: Key | None) -> Generation | None:
+        """The generation that this key has started before, if any. Raises InvalidField."""
+        found = self._keys.get((key.scope, key.key)) if key is not None else None
+        if found is not None and found.ask.key != key:
+            raise InvalidField("Idempotency-Key", "was used before with a different body")
+        return found
+
+    def find(self, stream_id: str, owner: str) -> Generation | None:
+        """The generation of this id, if this person may know of it."""
+        self._sweep()
+        generation = self._held.get(stream_id)
+        return generation if generation is not None and generation.owner == owner else None
+
+    def _ended(self, generation: Generation) -> None:
+        assert generation.ending is not None
+        del self._running[generation.id]
+        key, ending = generation.ask.key, generation.ending
+        abandoned = ending.data.get("reason") == "abandoned"
+        if key is not None and (key.flight or ending.type == "failed" or abandoned):
+            self._free(generation)
+        self._leaving.append((time.monotonic() + self._config.retention, generation))
+        self._leaving_bytes += generation.cost
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Lets go of ended generations that are past their retention, or past the bound on memory.
+        Called whenever one is started, looked for or ended: a timer of its own would change nothing
+        that anybody sees.
+        """
+        now = time.monotonic()
+        while self._leaving and (
+            self._leaving[0][0] <= now or self._leaving_bytes > self._config.retained_bytes
+        ):
+            _, generation = self._leaving.popleft()
+            self._leaving_bytes -= generation.cost
+            del self._held[generation.id]
+            self._free(generation)
+
+    def _free(self, generation: Generation) -> None:
+        key = generation.ask.key
+        if key is not None and self._keys.get((key.scope, key.key)) is generation:
+            del self._keys[key.scope, key.key]
+
+    async def finish(self, patience: float) -> None:
+        """Waits until no generation runs, for `patience` seconds at most."""
+        try:
+            async with asyncio.timeout(patience):
+                while self._running:
+                    await next(iter(self._running.values())).ended.wait()
+        except TimeoutError:
+            pass
+
+    async def close(self) -> None:
+        """Cancels what still runs, and closes the upstreams' connections."""
+        await asyncio.gather(*(g.close() for g in list(self._running.values())))
+        await self.models.close()
+
+
+def _choices(call: ModelCall) -> int:
+    choices = call.params.get("n")
+    return choices if isinstance(choices, int) and choices > 0 else 1
