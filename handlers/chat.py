@@ -16,11 +16,11 @@ import orjson
 from aiohttp import web
 
 from handlers.answers import choose_encoder, resume, stream, whole
-from handlers.keys import CONFIG, GENERATIONS, REQUEST_ID, ROOMS, USER
+from handlers.keys import CONFIG, GENERATIONS, REQUEST_ID, ROOMS, STATE, USER
 from handlers.reading import Fields, read_object
 from streaming.dialects import CHAT, CONTENT, CONTENT_WITHOUT_DONE, TOOL, Dialect
 from streaming.encoders import NDJSON, NDJSON_BRACES, SSE, Framing
-from streaming.errors import InvalidField
+from streaming.errors import InvalidField, Unavailable
 from streaming.events import JSON
 from streaming.generations import Ask, Generation, Key
 from streaming.models import ModelCall
@@ -134,16 +134,20 @@ def start(
     key = _key(request, body)
     if (found := generations.started(key)) is not None:
         return found
+    if request.app[STATE].draining:
+        raise Unavailable("this server is going away", code="draining", retry_after=1)
     room, messages = None, question.messages
     if question.room or question.conversation_id:
         room = _room(request, question)
-        messages = _said(room, question, user)
+        messages = _context(room, question)
+    last = messages[-1]
     ask = Ask(
         ModelCall(question.model, messages, question.params),
         owner=user,
         linger=cfg.linger if linger is None else linger,
         conversation_id=question.conversation_id,
         room=room,
+        said=last["content"] if last["role"] == "user" else None,
         key=key,
         request_id=request[REQUEST_ID],
     )
@@ -156,15 +160,12 @@ def _room(request: web.Request, question: Question) -> Room:
     return request.app[ROOMS].get(question.room or f"conv:{owner}:{conversation}")
 
 
-def _said(room: Room, question: Question, user: str) -> list[JSON]:
-    """Puts what the user says into the conversation; what the model is to be told."""
-    if question.message:
-        room.append("message", {"user_id": user, "content": question.message})
-        return list(room.messages)
-    last = question.messages[-1]
-    if last["role"] == "user" and isinstance(last["content"], str):
-        room.append("message", {"user_id": user, "content": last["content"]})
-    return question.messages
+def _context(room: Room, question: Question) -> list[JSON]:
+    """What the model is told: the conversation's last messages, or the client's own."""
+    if not question.message:
+        return question.messages
+    said = {"role": "user", "content": question.message}
+    return [*room.messages, said][-(room.messages.maxlen or 1) :]
 
 
 def _key(request: web.Request, body: JSON) -> Key | None:

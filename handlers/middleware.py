@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import re
 import secrets
 import time
@@ -12,6 +13,7 @@ import orjson
 from aiohttp import web
 
 from handlers.keys import CONFIG, REQUEST_ID, USER
+from handlers.reading import last_event_id
 from streaming.dialects import openai_error
 from streaming.errors import BadRequest, RivuletError
 
@@ -64,6 +66,8 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except RivuletError as error:
+        if error.status in (429, 503) and _reconnects(request):
+            return _come_back(error)
         return error_response(request, error)
     except web.HTTPRequestEntityTooLarge:
         most = request.app[CONFIG].limits.body_bytes
@@ -93,6 +97,21 @@ async def user(request: web.Request, handler: Handler) -> web.StreamResponse:
         raise BadRequest(message, param="X-User-Id")
     request[USER] = name
     return await handler(request)
+
+
+def _reconnects(request: web.Request) -> bool:
+    """Whether this is an `EventSource` that has been here before."""
+    accepts = "text/event-stream" in request.headers.get("Accept", "")
+    return accepts and last_event_id(request) is not None
+
+
+def _come_back(error: RivuletError) -> web.Response:
+    """An `EventSource` stops for good at any status but 200 (HTML standard, 9.2.2): it is told to
+    ask again later, spread so that not all come at once.
+    """
+    wait = (error.retry_after or 1.0) * random.uniform(1, 2)
+    headers = {"Cache-Control": "no-store", "Content-Type": "text/event-stream"}
+    return web.Response(body=b"retry: %d\n\n" % (wait * 1000), headers=headers)
 
 
 def error_response(

@@ -53,7 +53,8 @@ class Ask:
     """What somebody wants generated.
 
     owner: who may read and stop it. linger: seconds it runs on with nobody reading. room: where its
-    start and end are told. request_id: for the error that a reader may get.
+    start and end are told, after what the owner `said`. request_id: for the error that a reader may
+    get.
     """
 
     call: ModelCall
@@ -61,6 +62,7 @@ class Ask:
     linger: float
     conversation_id: str = ""
     room: Room | None = None
+    said: object = None  # content of a message: text, or a list of parts
     key: Key | None = None
     request_id: str = ""
 
@@ -111,6 +113,9 @@ class Generation:
         origin = self.log.origin
         self.log.append("started", {"model": origin["model"]})
         if self.ask.room is not None:
+            if self.ask.said is not None:
+                said = {"user_id": self.owner, "content": self.ask.said}
+                self.ask.room.append("message", said)
             started = {"stream_id": self.id, "user_id": self.owner, "model": origin["model"]}
             self.ask.room.append("started", started)
         self._task = asyncio.create_task(self._run())
