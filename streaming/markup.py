@@ -1,13 +1,14 @@
 """Markdown as it streams: which text is fenced code, a table, an image. The text is never altered.
 
-    line start  -- ``` or ~~~ -->  opening line  -- newline -->  code  -- closing line -->  line start
+    line start  -- ``` or ~~~ -->  opening line  -- newline -->  code -- closing line --> line start
                 -- | -->           table row     -- newline -->  line start
                 -- the rest -->    text          -- newline -->  line start
     text        -- ![ -->          image         -- ) -->        text
                 -- ` -->           code span     -- ` -->        text
 
 Held back is what could still become a marker, within the bounds below; in code nothing. A code span
-is text in which no image begins; one left open ends with its line.
+is text in which no image begins, so that Markdown can be talked about. Each backtick begins or ends
+one (so ``these`` are two empty ones), and a line's end does.
 """
 
 from __future__ import annotations
@@ -116,10 +117,11 @@ class Labeller:
 
     def close(self) -> list[tuple[Label, str]]:
         """Ends the text; gives what was held back. What is fed afterwards is a new text."""
-        held, step = self._held, self._step
-        self.__init__()  # type: ignore[misc]
-        # The end of a text ends its line.
-        return [(step(self, held + "\n", 0, len(held))[0], held)] if held else []
+        held, labelled = self._held, []
+        if held:  # the end of a text ends its line
+            labelled.append((self._step(self, held + "\n", 0, len(held))[0], held))
+        self._held, self._step = "", Labeller._at_line_start
+        return labelled
 
     def _at_line_start(self, text: str, start: int, seen: int) -> tuple[Label, int]:
         match = _LINE.match(text, start, start + MAX_FENCE)

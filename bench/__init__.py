@@ -1,0 +1,1 @@
+"""What Rivulet costs, measured beside two peers: `python -m bench`, see bench/README.md."""

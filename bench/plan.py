@@ -1,0 +1,123 @@
+"""What the load generator is asked for and what it answers: plain data, one JSON line each."""
+
+import json
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the load generator is to do; its command line's options, one for one.
+
+    Attributes:
+        path, body: of the POST that each stream sends; body is JSON.
+        attach: path by which readers attach, `{id}` in it is the first answer's `X-Stream-Id`.
+        seconds: the measured window, after `ramp` (connections open evenly) and `warmup`.
+        drain: seconds after the window in which answers may still end, to be counted whole.
+        expect: tokens of a whole answer; 0: not known.
+        clock: read the clock in each token, for its latency (costs the load some CPU).
+        pid, helper: the server and the upstream.
+    """
+
+    port: int = 0
+    path: str = "/"
+    body: str = ""
+    streams: int = 1
+    readers: int = 0
+    attach: str = ""
+    seconds: float = 4.0
+    ramp: float = 1.0
+    warmup: float = 0.5
+    drain: float = 0.0
+    expect: int = 0
+    clock: bool = False
+    pid: int = 0
+    helper: int = 0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How some times were spread, in milliseconds."""
+
+    count: int
+    p50: float
+    p99: float
+    max: float
+
+    @classmethod
+    def of(cls, nanoseconds: list[int]) -> "Spread | None":
+        """None where there was nothing to measure."""
+        if not nanoseconds:
+            return None
+        ordered = sorted(nanoseconds)
+        count = len(ordered)
+        p99 = min(count * 99 // 100, count - 1)
+        return cls(count, ordered[count // 2] / 1e6, ordered[p99] / 1e6, ordered[-1] / 1e6)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one plan measured; all counts are the window's unless said otherwise.
+
+    Attributes:
+        tokens: tokens received by all connections.
+        generated: the same, of the first connection where readers were attached to it.
+        answers: answers read to their end.
+        connections: open at the window's end.
+        server_cpu, upstream_cpu, load_cpu: CPU seconds of the three.
+        rss_before, rss_peak: the server's resident bytes, before the load and at their highest.
+        first_ms: from request to first token.
+        latency_ms: from the upstream's clock in a token to its arrival (with `--clock`).
+        gap_ms: between two arrivals of tokens on a connection.
+        started, finished: requests sent and answers read to their end, in the whole run.
+        lost, extra: tokens too few or too many in finished answers, in the whole run.
+        statuses, errors: of all responses, and what broke a connection, in the whole run.
+    """
+
+    seconds: float
+    tokens: int
+    generated: int
+    answers: int
+    bytes: int
+    chunks: int
+    connections: int
+    server_cpu: float
+    upstream_cpu: float
+    load_cpu: float
+    rss_before: int
+    rss_peak: int
+    first_ms: Spread | None
+    latency_ms: Spread | None
+    gap_ms: Spread | None
+    started: int = 0
+    finished: int = 0
+    lost: int = 0
+    extra: int = 0
+    statuses: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, line: str) -> "Result":
+        """Reads the line that `main` prints."""
+        values = json.loads(line)
+        for name in ("first_ms", "latency_ms", "gap_ms"):
+            values[name] = values[name] and Spread(**values[name])
+        return cls(**values)
+
+    @property
+    def tokens_per_cpu(self) -> float:
+        """Tokens per CPU-second of the server (a hundredth of a second is the clock's step)."""
+        return self.tokens / max(self.server_cpu, 0.01)
+
+    @property
+    def answers_per_cpu(self) -> float:
+        return self.answers / max(self.server_cpu, 0.01)
+
+    @property
+    def server_busy(self) -> float:
+        """The server's share of one core."""
+        return self.server_cpu / self.seconds
+
+    @property
+    def load_busy(self) -> float:
+        """The load's and the upstream's share of the core they have in common."""
+        return (self.load_cpu + self.upstream_cpu) / self.seconds
