@@ -16,7 +16,7 @@ from streaming.delivery import Draining, TooSlow, open_stream
 from streaming.dialects import Dialect
 from streaming.encoders import Encoder, Framing, encoder
 from streaming.errors import Conflict, Gone, InvalidField, RivuletError
-from streaming.events import JSON, Event, Position
+from streaming.events import JSON, Position
 from streaming.generations import Generation
 from streaming.log import Cursor, FellBehind
 
@@ -60,14 +60,20 @@ async def deliver(
     """Streams a log from the cursor to its end; see `stream`."""
     sink = await open_stream(request.app[DELIVERY], request, encoder, cursor, headers)
     try:
-        await sink.follow()
-        ending = generation.ending if generation is not None else None
-        if encoder.cuts and ending is not None and ending.type != "finished":
+        try:
+            last = await sink.follow()
+        except Draining:
             await sink.cut()
-    except Draining:
-        await sink.cut()
+        else:
+            ending = generation.ending if generation is not None else None
+            if encoder.cuts and ending is not None and ending.type != "finished":
+                await sink.cut(last)
+            else:
+                await sink.end(last)
     except (TooSlow, FellBehind):
         sink.transport.abort()
+    except ConnectionError:
+        pass  # the client went first
     return sink.response
 
 
@@ -127,9 +133,10 @@ def headers_of(generation: Generation) -> dict[str, str]:
 
 
 async def resume(
-    request: web.Request, dialect: Dialect, default: Framing
+    request: web.Request, dialect: Dialect, default: Framing, also: Dialect | None = None
 ) -> web.StreamResponse | None:
-    """The answer to a request that carries a position; None to one that carries none.
+    """The answer to a request that carries a position; None to one that carries none. also: the
+    dialect that a generation goes on in where it was asked for in it.
 
     Never starts a generation. Where nothing is left to say: 204, which ends an `EventSource`, or to
     a POST 200 and an empty body. Raises Gone for every position that is not of a generation held
@@ -140,23 +147,33 @@ async def resume(
         return None
     position = Position.parse(text)
     generation = request.app[GENERATIONS].find(position.epoch, request[USER]) if position else None
+    gone = Gone("this position cannot be resumed", param="Last-Event-ID")
     if generation is None or position is None or not generation.log.holds(position):
-        raise Gone("this position cannot be resumed", param="Last-Event-ID")
-    return await attach(
-        request, generation, choose_encoder(request, dialect, default), position.offset
-    )
+        raise gone
+    if request.match_info.get("id", generation.id) != generation.id:
+        raise gone  # of another stream than the one at this address
+    if also is not None and generation.ask.dialect is also:
+        dialect = also
+    encoder = choose_encoder(request, dialect, default)
+    return await attach(request, generation, encoder, position.offset)
 
 
 async def attach(
     request: web.Request, generation: Generation, encoder: Encoder, after: int
 ) -> web.StreamResponse:
     """Streams from a position, or says that nothing is left after it."""
-    if generation.log.closed and not _left(generation.log.read(after), encoder):
-        get = request.method == "GET"
+    if generation.log.closed and not _left(generation, encoder, after):
         headers = {**headers_of(generation), "Cache-Control": "no-store"}
-        return web.Response(status=HTTPStatus.NO_CONTENT if get else HTTPStatus.OK, headers=headers)
+        if request.method == "GET":
+            return web.Response(status=HTTPStatus.NO_CONTENT, headers=headers)
+        # fetch-event-source takes a 200 of another type for a failure, and asks again for ever.
+        headers["Content-Type"] = encoder.framing.media_type
+        return web.Response(headers=headers)
     return await stream(request, generation, encoder, after)
 
 
-def _left(events: list[Event], encoder: Encoder) -> bool:
-    return any(encoder.encode([event]) for event in events)
+def _left(generation: Generation, encoder: Encoder, after: int) -> bool:
+    ending = generation.ending
+    if encoder.framing.cuts and ending is not None and ending.type != "finished":
+        return True  # a cut is left: 204 would look like the end of a whole answer
+    return any(encoder.encode([event]) for event in generation.log.read(after))

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from handlers.answers import choose_encoder, resume, stream, whole
 from handlers.keys import CONFIG, GENERATIONS, REQUEST_ID, ROOMS, STATE, USER
-from handlers.reading import Fields, read_object
+from handlers.reading import Fields, read_fields
 from streaming.dialects import CHAT, CONTENT, CONTENT_WITHOUT_DONE, TOOL, Dialect
 from streaming.encoders import NDJSON, NDJSON_BRACES, SSE, Framing
 from streaming.errors import InvalidField, Unavailable
@@ -95,7 +95,7 @@ def _message_or_messages(fields: Fields) -> Question:
 @dataclass(frozen=True, slots=True)
 class Row:
     """One endpoint. reads: the fields of its body, or of its query for a GET. streams: always,
-    where the body says `stream: true`, or never.
+    where the body says `stream: true`, or never. also: a dialect that its body may ask for.
     """
 
     method: str
@@ -104,17 +104,15 @@ class Row:
     dialect: Dialect
     framing: Framing = SSE
     streams: str = "always"
+    also: Dialect | None = None
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Resumes where the request carries a position, else starts a generation and answers."""
-        resumed = await resume(request, self.dialect, self.framing)
+        resumed = await resume(request, self.dialect, self.framing, self.also)
         if resumed is not None:
             return resumed
-        data = dict(request.query) if request.method == "GET" else await read_object(request)
-        limits = request.app[CONFIG].limits
-        if request.method != "GET" and data.get("model") is None and "model" in request.query:
-            data["model"] = request.query["model"]
-        question = self.reads(Fields(data, limits))
+        data = await read_fields(request)
+        question = self.reads(Fields(data, request.app[CONFIG].limits))
         if self.streams == "never" or (self.streams == "asked" and not question.streamed):
             generation = start(request, question, data)
             return await whole(request, generation, _text_and_tokens)
@@ -148,6 +146,7 @@ def start(
         conversation_id=question.conversation_id,
         room=room,
         said=last["content"] if last["role"] == "user" else None,
+        dialect=question.dialect,
         key=key,
         request_id=request[REQUEST_ID],
     )
@@ -196,7 +195,7 @@ ROWS = (
     Row("GET", "/stream", _prompt_query, CONTENT_WITHOUT_DONE, NDJSON),
     Row("POST", "/stream", _prompt_or_messages, CONTENT),
     Row("GET", "/chat", _required_prompt_query, CONTENT, NDJSON_BRACES),
-    Row("POST", "/api/chat/stream", _message_or_messages, CHAT),
+    Row("POST", "/api/chat/stream", _message_or_messages, CHAT, also=TOOL),
 )
 
 

@@ -13,7 +13,7 @@ import orjson
 from aiohttp import web
 
 from handlers.keys import CONFIG, REQUEST_ID, USER
-from handlers.reading import last_event_id
+from handlers.reading import check_query, last_event_id
 from streaming.dialects import openai_error
 from streaming.errors import BadRequest, RivuletError
 
@@ -91,6 +91,7 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 @web.middleware
 async def user(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Who is calling: in open mode whoever the client says, else `anonymous`."""
+    check_query(request)
     name = request.headers.get("X-User-Id") or request.query.get("user_id") or "anonymous"
     if len(name) > _USER_CHARS or not name.isprintable():
         message = f"a user id has at most {_USER_CHARS} printable characters"

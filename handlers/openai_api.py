@@ -12,7 +12,7 @@ from handlers.answers import choose_encoder, resume, stream, whole
 from handlers.chat import MODEL_CHARS, Question, start
 from handlers.keys import CONFIG, GENERATIONS
 from handlers.middleware import json_response
-from handlers.reading import Fields, read_object
+from handlers.reading import Fields, read_fields
 from streaming.dialects import OPENAI, OPENAI_WITH_USAGE, completion
 from streaming.encoders import SSE
 from streaming.errors import InvalidField, NotFound
@@ -28,7 +28,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     resumed = await resume(request, OPENAI_WITH_USAGE, SSE)
     if resumed is not None:
         return resumed
-    body = await read_object(request)
+    body = await read_fields(request)
     question = _question(body, Fields(body, request.app[CONFIG].limits))
     if not question.streamed:
         generation = start(request, question, body, LINGER)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import orjson
 from aiohttp import web
@@ -21,11 +22,17 @@ from streaming.writer import message_chars
 
 async def read_json(request: web.Request) -> Any:
     """The body as JSON, whatever the content type says. Raises BadRequest; aiohttp raises 413."""
-    body = await request.read()
     try:
-        return orjson.loads(body)
+        value = orjson.loads(await request.read())
+    except web.RequestPayloadError:
+        raise BadRequest("the body is not what its headers say", param="body") from None
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"the body is not JSON: {error}", param="body") from None
+    try:
+        orjson.dumps(value)  # it goes on to a model, or into a digest; deeper nesting reads only
+    except orjson.JSONEncodeError:
+        raise BadRequest("the body is nested too deeply", param="body") from None
+    return value
 
 
 async def read_object(request: web.Request) -> JSON:
@@ -33,6 +40,24 @@ async def read_object(request: web.Request) -> JSON:
     body = await read_json(request)
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object", param="body")
+    return body
+
+
+def check_query(request: web.Request) -> None:
+    """Raises BadRequest for a query that is not UTF-8: read on, it would be another one."""
+    try:
+        unquote_to_bytes(request.rel_url.raw_query_string).decode()
+    except UnicodeError:
+        raise BadRequest("the query is not UTF-8", param="query") from None
+
+
+async def read_fields(request: web.Request) -> JSON:
+    """The query of a GET; else the body, whose `model` may come in the query. Raises BadRequest."""
+    if request.method == "GET":
+        return dict(request.query)
+    body = await read_object(request)
+    if body.get("model") is None and "model" in request.query:
+        body["model"] = request.query["model"]
     return body
 
 
@@ -116,6 +141,8 @@ class Fields:
             raise InvalidField(f"{place}.role", "must be a string such as user")
         if content is not None and not isinstance(content, str | list):
             raise InvalidField(f"{place}.content", "must be a string or a list of parts")
+        if isinstance(content, list) and not all(isinstance(part, dict) for part in content):
+            raise InvalidField(f"{place}.content", "must have objects as its parts")
         blank = not content.strip() if isinstance(content, str) else not content
         if blank and role not in ("assistant", "tool", "function"):
             raise InvalidField(f"{place}.content", "must not be empty")

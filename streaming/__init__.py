@@ -2,8 +2,9 @@
 
 Floors, lowest first; a module imports only from lower floors (tests/test_floors.py holds it so):
 
-    0  errors config
-    1  events markup
-    2  log encoders dialects models demo upstream clock
-    3  rooms generations delivery
+    0  config errors
+    1  clock events markup models
+    2  decoder demo dialects log
+    3  encoders rooms upstream writer
+    4  delivery generations
 """

@@ -142,21 +142,23 @@ class Feed:
             asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self) -> None:
-        """Writes what is new to every live sink; at the log's end lets them go."""
+        """Writes what is new to every live sink. At the log's end lets them go: each ends its own
+        body, with the last events in the same write.
+        """
         self._scheduled = False
         log = self.log
         if not self._groups:
             return
         lagging: list[Sink] = []
-        start, self.offset = self.offset, log.top
-        if start < log.top:
+        if log.closed:
+            lagging = [sink for sinks in self._groups.values() for sink in sinks]
+        elif self.offset < log.top:
+            start, self.offset = self.offset, log.top
             for (encoder, chunked), sinks in self._groups.items():
                 data = encoder.encode(log.read(start, merge=encoder.dialect.merge))
                 if data:
                     _write_all(sinks, chunk(data) if chunked else data, lagging)
             self._delivery.written(self)
-        if log.closed:
-            lagging = [sink for sinks in self._groups.values() for sink in sinks]
         for sink in lagging:
             self.remove(sink)
             sink.wake()
@@ -209,28 +211,35 @@ class Sink:
         self._delivery = delivery
         self._writer = writer
         self.gone = asyncio.Event()
+        self._opening = encoder.opening  # goes out with the first bytes
         self._parked: asyncio.Future[None] | None = None
         self._woken: Exception | None = None
 
     def write(self, data: bytes) -> None:
         """Hands bytes to the transport. Empty bytes, and a closing transport, are passed over."""
+        data, self._opening = self._opening + data, b""
         if data and not self.transport.is_closing():
             self.transport.write(chunk(data) if self.chunked else data)
 
-    async def follow(self) -> None:
+    async def follow(self) -> bytes:
         """Delivers everything from the cursor to the end of the log, live once it has caught up.
 
-        Raises TooSlow, FellBehind where the log was trimmed past it, Draining. When it returns or
-        raises, or is cancelled, the sink is in no feed and nothing is written to it any more.
+        Returns the last bytes, which are the caller's to end the body with. Raises TooSlow,
+        FellBehind where the log was trimmed past it, Draining. When it returns or raises, or is
+        cancelled, the sink is in no feed and nothing is written to it any more.
         """
         self._delivery.sinks.add(self)
         try:
-            while not self.cursor.ended:
+            while True:
                 if self._woken is not None:
                     raise self._woken
                 merge = self.encoder.dialect.merge
-                if events := self.cursor.read(merge=merge, limit=READ_LIMIT):
-                    self.write(self.encoder.encode(events))
+                events = self.cursor.read(merge=merge, limit=READ_LIMIT)
+                data = self.encoder.encode(events)
+                if self.cursor.ended:
+                    return data
+                self.write(data)
+                if events:
                     await self.drained()
                 else:
                     await self._live()
@@ -253,6 +262,28 @@ class Sink:
             self._parked = None
             feed.remove(self)
         await self.drained()
+
+    async def end(self, data: bytes) -> None:
+        """Ends the body with these bytes, in one write. Raises as `drained`."""
+        data, self._opening = self._opening + data, b""
+        try:
+            async with asyncio.timeout(self._delivery.config.write_timeout):
+                await self.response.write_eof(data)
+        except TimeoutError:
+            await self.drained()
+            self.transport.close()  # the response does not know that its end is written
+
+    async def cut(self, data: bytes = b"") -> None:
+        """Ends the connection after these bytes so that the body does not look whole: no last
+        chunk, and where HTTP/1.0 has no chunks, a reset. What was written goes out first.
+        """
+        self.write(data)
+        self.transport.set_write_buffer_limits(high=0)
+        await self.drained()
+        raw = self.transport.get_extra_info("socket")
+        if not self.chunked and raw is not None:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, HANG_UP)
+        self.transport.abort()
 
     def wake(self, error: Exception | None = None) -> None:
         """Ends the live state; with an error, ends `follow` with it."""
@@ -281,17 +312,6 @@ class Sink:
         if self.encoder.framing.comments:
             self.write(b"retry: %d\n\n" % (seconds * 1000))
 
-    async def cut(self) -> None:
-        """Ends the connection so that the body does not look whole: no last chunk, and where
-        HTTP/1.0 has no chunks, a reset. What was written goes out first.
-        """
-        self.transport.set_write_buffer_limits(high=0)
-        await self.drained()
-        raw = self.transport.get_extra_info("socket")
-        if not self.chunked and raw is not None:
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, HANG_UP)
-        self.transport.abort()
-
 
 async def open_stream(
     delivery: Delivery,
@@ -300,7 +320,7 @@ async def open_stream(
     cursor: Cursor,
     headers: Mapping[str, str],
 ) -> Sink:
-    """Sends status and headers of a streaming answer, and its opening. Raises ConnectionError."""
+    """Sends status and headers of a streaming answer. Raises ConnectionError."""
     response: web.StreamResponse
     if encoder.framing.comments:
         # For its headers and its TCP_USER_TIMEOUT; what is sent goes past it.
@@ -311,14 +331,12 @@ async def open_stream(
         if encoder.framing is TEXT:
             response.charset = "utf-8"
     response.headers.update(STREAM_HEADERS)
-    if request.version < HttpVersion11:
+    if request.version < HttpVersion11 or not request.keep_alive:
         response.force_close()
-        response.headers["Connection"] = "close"
+        response.headers["Connection"] = "close"  # aiohttp-sse says keep-alive to everybody
     writer = await response.prepare(request)
     if isinstance(response, EventSourceResponse):
         response.stop_streaming()  # its ping task: heartbeats here come from one timer for all
     assert writer is not None and request.transport is not None
     request.transport.set_write_buffer_limits(high=delivery.config.high_water)
-    sink = Sink(delivery, request, response, writer, encoder, cursor)
-    sink.write(encoder.opening)
-    return sink
+    return Sink(delivery, request, response, writer, encoder, cursor)

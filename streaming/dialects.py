@@ -9,6 +9,7 @@ The wire forms are those of OpenAI's chat completion API (`openai`) and of clien
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -169,22 +170,21 @@ def openai_object(event: Event, kind: str, choices: list[JSON]) -> JSON:
 
 def completion(events: Iterable[Event]) -> JSON:
     """A finished generation's events as one `chat.completion`."""
-    choices: dict[int, JSON] = {}
+    choices: defaultdict[int, JSON] = defaultdict(
+        lambda: {"message": {"role": "assistant", "content": None}, "logprobs": None}
+    )
     whole: JSON = {}
     for event in events:
         data = event.data
-        choice = choices.setdefault(
-            data.get("choice", 0),
-            {"message": {"role": "assistant", "content": None}, "logprobs": None},
-        )
+        choice = choices[data.get("choice", 0)]
         message = choice["message"]
         if event.type == "delta" and data["kind"] != "tool_call":
             name = _OPENAI_FIELDS.get(data["kind"], "content")
             message[name] = (message.get(name) or "") + data["content"]
             extra = dict(data.get("extra", ()))
-            for kind, tokens in (extra.pop("logprobs", None) or {}).items():
+            if logprobs := extra.pop("logprobs", None):
                 choice["logprobs"] = choice["logprobs"] or {}
-                choice["logprobs"][kind] = (choice["logprobs"].get(kind) or []) + (tokens or [])
+                _add_logprobs(choice["logprobs"], logprobs)
             message.update(extra)
         elif event.type == "part_finished" and data["kind"] == "tool_call":
             function = {"name": data["name"], "arguments": data["arguments"]}
@@ -197,6 +197,14 @@ def completion(events: Iterable[Event]) -> JSON:
             answers = [{"index": index, **choices[index]} for index in sorted(choices)]
             whole = openai_object(event, "chat.completion", answers) | {"usage": data["usage"]}
     return whole
+
+
+def _add_logprobs(known: JSON, more: JSON) -> None:
+    for kind, tokens in more.items():
+        if isinstance(known.get(kind), list) and isinstance(tokens, list):
+            known[kind] += tokens
+        elif known.get(kind) is None:
+            known[kind] = list(tokens) if isinstance(tokens, list) else tokens
 
 
 _OPENAI_TYPES = {

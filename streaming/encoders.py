@@ -108,6 +108,8 @@ class Encoder:
     def heartbeat(self, time: int) -> bytes:
         """What goes out in a long silence; nothing where the framing has no room for it."""
         name = self.heartbeat_event
+        if self.framing is TEXT:
+            return b""  # a word in it would be taken for the model's
         if not name:
             return b": heartbeat\n\n" if self.framing.comments else b""
         if self.framing.comments:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from streaming import config
 from streaming.clock import FlushClock
-from streaming.dialects import ENDINGS, is_text, timestamp
+from streaming.dialects import ENDINGS, Dialect, is_text, timestamp
 from streaming.errors import InvalidField, RivuletError, Unavailable, UpstreamError
 from streaming.events import JSON, Event, new_epoch
 from streaming.log import Log, now_ms
@@ -53,8 +53,8 @@ class Ask:
     """What somebody wants generated.
 
     owner: who may read and stop it. linger: seconds it runs on with nobody reading. room: where its
-    start and end are told, after what the owner `said`. request_id: for the error that a reader may
-    get.
+    start and end are told, after what the owner `said`. dialect: where the body of the request
+    decided it. request_id: for the error that a reader may get.
     """
 
     call: ModelCall
@@ -63,6 +63,7 @@ class Ask:
     conversation_id: str = ""
     room: Room | None = None
     said: object = None  # content of a message: text, or a list of parts
+    dialect: Dialect | None = None
     key: Key | None = None
     request_id: str = ""
 
@@ -274,7 +275,7 @@ class Generation:
                         # Moving a timer costs more than a token: move it a tenth at a time.
                         extended = now + cfg.idle_timeout * 0.1
                         deadline.reschedule(now + cfg.idle_timeout * 1.1)
-                    if later:
+                    if later and not writer.complete:
                         await self._clock.rest()
         except TimeoutError:
             if not writer.complete:

@@ -96,20 +96,22 @@ class Log:
 
     @property
     def size(self) -> int:
-        """Bytes of what is held, roughly: text of runs, JSON of events in a bounded log."""
+        """Bytes of what is held, roughly: text of runs, JSON of other events."""
         return self._bytes
 
     def append(self, type: str, data: Mapping[str, Any]) -> Event:
-        """Adds one event and returns it. Never blocks, never fails on an open log."""
+        """Adds one event and returns it. Never blocks. On an open log it fails only for data that
+        is no JSON (TypeError), and then has changed nothing.
+        """
         self._check_open()
+        size = len(orjson.dumps(data))
         self.top += 1
         event = Event(type, data, Position(self.epoch, self.top), now_ms(), self.origin)
         self._items.append(event)
         self._starts.append(self.top)
+        self._bytes += size
         if self._max_events or self._max_bytes or self._max_age:
-            size = len(orjson.dumps(data))
             self._sizes.append(size)
-            self._bytes += size
             self.trim()
         if self.listener is not None:
             self.listener()
@@ -120,16 +122,16 @@ class Log:
         Only for a log without bounds (a generation's).
         """
         self._check_open()
+        encoded = text.encode()
         self.top += 1
         run = self._items[-1] if self._items else None
         if not isinstance(run, Run) or (run.head is not head and run.head != head):
             run = Run(self.top, head)
             self._items.append(run)
             self._starts.append(self.top)
-        encoded = text.encode()
         run.text += encoded
         run.ends.append(len(run.text))
-        run.times.append(now_ms() - self._start)
+        run.times.append(max(0, now_ms() - self._start))  # a clock may be set back
         self._bytes += len(encoded)
         if self.listener is not None:
             self.listener()

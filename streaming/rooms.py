@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict, deque
+from itertools import islice
 from typing import Any
 
 from streaming.config import History
@@ -89,12 +90,13 @@ class Rooms:
     def sweep(self) -> None:
         """Forgets rooms that have been idle for too long, and one more where there is no place."""
         oldest = time.monotonic() - self._config.idle
-        full = len(self._rooms) >= self._config.max_rooms
-        for name, room in list(self._rooms.items())[:100]:  # a bounded bite; the next takes more
+        unused: list[Room] = []
+        for room in list(islice(self._rooms.values(), 100)):  # a bounded bite; the next takes more
             if room.running or room.log.listener is not None:
-                self._rooms.move_to_end(name)
-            elif room.used < oldest or full:
-                del self._rooms[name]
-                full = False
+                self._rooms.move_to_end(room.name)
+            elif room.used < oldest:
+                del self._rooms[room.name]
             else:
-                break
+                unused.append(room)
+        if unused and len(self._rooms) >= self._config.max_rooms:
+            del self._rooms[min(unused, key=lambda room: room.used).name]

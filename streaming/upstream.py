@@ -18,14 +18,14 @@ import openai
 import orjson
 from yarl import URL
 
+from streaming.decoder import ChunkDecoder, shown
 from streaming.errors import UpstreamError
-from streaming.events import JSON
 from streaming.models import ModelCall, Piece
 
 DRAIN = 1.0  # seconds for the last bytes after [DONE], so that the connection can serve again
+READ_HEADERS = frozenset({b"content-type", b"retry-after", b"x-request-id"})
+REST_EVENTS = 2  # in one read: what comes faster than that is worth letting gather
 KEEPALIVE = 60.0  # seconds that an idle connection is kept: a TLS handshake spared in a first token
-LINE_BYTES = 32 << 20  # an unfinished line past this is an attack or a broken upstream
-MESSAGE_CHARS = 1000  # of an upstream's error message that go on to the client
 
 
 class OpenAIUpstream:
@@ -36,7 +36,8 @@ class OpenAIUpstream:
     """
 
     def __init__(self, base_url: str, api_key: str, connect_timeout: float) -> None:
-        self._base_url = base_url or "https://api.openai.com/v1"
+        self._base_url = (base_url or "https://api.openai.com/v1").rstrip("/")
+        self._url = f"{self._base_url}/chat/completions"
         self._api_key = api_key
         self._connect_timeout = connect_timeout
         self._client: openai.AsyncOpenAI | None = None
@@ -57,7 +58,7 @@ class OpenAIUpstream:
                 # An upstream without keys gets a word in its place: the SDK insists on one.
                 api_key=self._api_key or "none",
                 max_retries=0,
-                http_client=httpx2.AsyncClient(transport=_Transport(self._session)),
+                http_client=_Client(self._session, httpx2.URL(self._url)),
             )
         return self._client
 
@@ -68,8 +69,9 @@ class OpenAIUpstream:
         body = {**call.params, "model": call.model, "messages": call.messages, **fields}
         try:
             stream = await self._open().post(
-                "/chat/completions",
-                body=body,
+                self._url,
+                content=orjson.dumps(body),
+                options={"idempotency_key": "unused"},  # else it makes a random one, and drops it
                 cast_to=object,
                 stream=True,
                 stream_cls=openai.AsyncStream[object],
@@ -108,42 +110,50 @@ class OpenAIUpstream:
             await self._session.close()
 
 
-class _Transport(httpx2.AsyncBaseTransport):
-    """httpx2's requests over an aiohttp session."""
+class _Client(httpx2.AsyncClient):
+    """The SDK's HTTP client, over an aiohttp session.
 
-    def __init__(self, session: aiohttp.ClientSession) -> None:
-        self._session = session
+    Both methods are public, and overridden whole: httpx2's own merge each request with the client's
+    settings, cookies, authentication and redirects, none of which are used here, and parse its URL
+    and headers several times. With them a one-token answer costs a third more.
+    """
 
-    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        headers = request.headers
+    def __init__(self, session: aiohttp.ClientSession, url: httpx2.URL) -> None:
+        super().__init__()
+        self._aiohttp = session
+        self._url = url
+        self._yarl = URL(str(url), encoded=True)
+
+    def build_request(self, method: str, url: httpx2.URL | str, **fields: Any) -> httpx2.Request:
+        sent = {"headers": fields["headers"], "content": fields["content"]}
+        return httpx2.Request(method, self._url, extensions=sent)  # one URL is all that is asked
+
+    async def send(self, request: httpx2.Request, **_: Any) -> httpx2.Response:
+        sent = request.extensions
         # What comes back is read raw, so no encoding is asked for; aiohttp undoes one all the same.
-        headers["accept-encoding"] = "identity"
+        headers = [*sent["headers"], ("Accept-Encoding", "identity")]
         try:
-            response = await self._session.request(
-                request.method,
-                URL(str(request.url), encoded=True),
-                headers=headers.multi_items(),
-                data=await request.aread(),
-                allow_redirects=False,
+            response = await self._aiohttp.post(
+                self._yarl, headers=headers, data=sent["content"], allow_redirects=False
             )
         except aiohttp.ConnectionTimeoutError as error:
             raise httpx2.ConnectTimeout(str(error)) from error
         except (aiohttp.ClientError, OSError) as error:
             raise httpx2.ConnectError(str(error)) from error
         body = _Body(response)
+        received = [(k, v) for k, v in response.raw_headers if k.lower() in READ_HEADERS]
+        extensions = {"body": body}
         return httpx2.Response(
-            response.status,
-            headers=[(k, v) for k, v in response.raw_headers if k.lower() != b"content-encoding"],
-            stream=body,
-            extensions={"body": body},
+            response.status, headers=received, stream=body, request=request, extensions=extensions
         )
 
 
 class _Body(httpx2.AsyncByteStream):
     """A response body that is read only while somebody asks for it.
 
-    Between two reads the socket rests, so that the next read hands over all that came meanwhile:
-    one recv and one wake-up instead of one a token.
+    Where a read has brought several events, the socket then rests until the next: that hands over
+    all that came meanwhile, in one recv instead of one an event. To stop and start a socket costs
+    about as much as two recvs, so a slow stream is left alone.
     """
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
@@ -160,10 +170,11 @@ class _Body(httpx2.AsyncByteStream):
             self._resting.resume_reading()
             self._resting = None
         data = await self._response.content.readany()
-        connection = self._response.connection  # None once the end has come
-        if connection is not None and connection.transport is not None:
-            self._resting = connection.transport
-            self._resting.pause_reading()
+        if data.count(b"\n\n") > REST_EVENTS:
+            connection = self._response.connection  # None once the end has come
+            if connection is not None and connection.transport is not None:
+                self._resting = connection.transport
+                self._resting.pause_reading()
         return data
 
     async def drain(self) -> None:
@@ -189,178 +200,13 @@ class _Body(httpx2.AsyncByteStream):
         self._response.close()  # no wait: the socket closes now; after the end it does nothing
 
 
-class ChunkDecoder:
-    """Bytes of a streamed chat completion to pieces, whatever the boundaries between reads.
-
-    A line ends with LF or CRLF; only `data:` and `event: error` mean something. `done`: `[DONE]`
-    has come. `failure`: what went wrong, after the pieces that came before it. An ending without a
-    finish reason is a failure.
-    """
-
-    def __init__(self) -> None:
-        self.done = False
-        self.failure: UpstreamError | None = None
-        self._unfinished: list[bytes] = []  # a line that has not ended, in parts
-        self._unfinished_bytes = 0
-        self._pending = b""  # data lines that are no JSON so far: an event may have several
-        self._error_event = False
-        self._finished = False
-
-    def feed(self, data: bytes) -> list[Piece]:
-        """The pieces that these bytes complete. Never raises; see `failure`."""
-        if b"\n" not in data:
-            self._unfinished.append(data)
-            self._unfinished_bytes += len(data)
-            if self._unfinished_bytes > LINE_BYTES:
-                self.failure = UpstreamError("upstream_invalid", "the model sent an endless line")
-            return []
-        lines = data.split(b"\n")
-        if self._unfinished:
-            lines[0] = b"".join((*self._unfinished, lines[0]))
-        last = lines.pop()
-        self._unfinished = [last] if last else []
-        self._unfinished_bytes = len(last)
-        return self._decode(lines)
-
-    def eof(self) -> list[Piece]:
-        """The pieces of a last line that did not end."""
-        pieces = self._decode([b"".join(self._unfinished), b""])
-        if self.failure is None and not self._finished and not self.done:
-            self.failure = UpstreamError(
-                "upstream_cut", "the model's answer ended without a finish reason"
-            )
-        return pieces
-
-    def _decode(self, lines: list[bytes]) -> list[Piece]:
-        pieces: list[Piece] = []
-        text: list[str] = []  # adjacent plain text, the common case, joined once
-        try:
-            for line in lines:
-                if line[:5] == b"data:":
-                    payload = line[5:].strip()
-                    if payload == b"[DONE]":
-                        self.done = True
-                        break
-                    if self._pending:
-                        payload = self._pending + b"\n" + payload
-                    try:
-                        chunk = orjson.loads(payload)
-                    except orjson.JSONDecodeError:
-                        self._pending = payload
-                        continue
-                    self._pending = b""
-                    content = None if self._error_event else _plain(chunk)
-                    if content is not None:
-                        text.append(content)
-                        continue
-                    if text:
-                        pieces.append(Piece("text", "".join(text)))
-                        text.clear()
-                    self._chunk(chunk, pieces)
-                elif line[:6] == b"event:":
-                    self._error_event = line[6:].strip() == b"error"
-                elif not line or line == b"\r":
-                    if self._pending:
-                        raise ValueError(self._pending[:100])
-                    self._error_event = False
-        except UpstreamError as failure:
-            self.failure = failure
-        except (AttributeError, KeyError, LookupError, TypeError, ValueError):
-            self.failure = UpstreamError("upstream_invalid", "the model sent what is no chunk")
-        if text:
-            pieces.append(Piece("text", "".join(text)))
-        if self.done and not self._finished and self.failure is None:
-            self.failure = UpstreamError(
-                "upstream_cut", "the model's answer ended without a finish reason"
-            )
-        return pieces
-
-    def _chunk(self, chunk: JSON, pieces: list[Piece]) -> None:
-        error = chunk.get("error") or (self._error_event and chunk)
-        if error:
-            raise _error_event(error)
-        for choice in chunk.get("choices") or ():
-            index = choice.get("index") or 0
-            delta = dict(choice.get("delta") or choice.get("message") or ())
-            delta.pop("role", None)
-            thought = delta.pop("reasoning_content", None) or delta.pop("reasoning", None)
-            if thought:
-                pieces.append(Piece("reasoning", thought, index))
-            delta.pop("reasoning", None)
-            if refusal := delta.pop("refusal", None):
-                pieces.append(Piece("refusal", refusal, index))
-            content = delta.pop("content", None) or ""
-            if not isinstance(content, str):  # a list of parts, as some upstreams send
-                content = "".join(part.get("text") or "" for part in content)
-            calls = delta.pop("tool_calls", None) or ()
-            extra = {name: value for name, value in delta.items() if value is not None}
-            if choice.get("logprobs"):
-                extra["logprobs"] = choice["logprobs"]
-            if content or extra:
-                pieces.append(Piece("text", content, index, extra=extra or None))
-            for place, call in enumerate(calls):
-                pieces.append(_tool_call(call, place, index))
-            if reason := choice.get("finish_reason"):
-                self._finished = True
-                pieces.append(Piece("finish", str(reason), index))
-        if usage := chunk.get("usage"):
-            pieces.append(Piece("usage", extra=dict(usage)))
-
-
-def _plain(chunk: Any) -> str | None:
-    """The text of a chunk that is nothing but text of the first choice, as nearly all are."""
-    try:
-        (choice,) = chunk["choices"]
-        delta = choice["delta"]
-        content = delta["content"]
-    except (KeyError, TypeError, ValueError):
-        return None
-    if (
-        len(delta) > 1
-        or type(content) is not str
-        or choice.get("finish_reason")
-        or choice.get("index")
-        or choice.get("logprobs")
-        or chunk.get("usage")
-        or chunk.get("error")
-    ):
-        return None
-    return content
-
-
-def _tool_call(call: JSON, place: int, choice: int) -> Piece:
-    function = call.get("function") or {}
-    arguments = function.get("arguments") or ""
-    if not isinstance(arguments, str):
-        arguments = orjson.dumps(arguments).decode()
-    index = call.get("index")
-    return Piece(
-        "tool_call",
-        arguments,
-        choice,
-        place=place if index is None else int(index),
-        id=call.get("id") or "",
-        name=function.get("name") or "",
-    )
-
-
-def _error_event(error: Any) -> UpstreamError:
-    message, code = str(error), ""
-    if isinstance(error, dict):
-        message = str(error.get("message") or error)
-        code = f"{error.get('code')} {error.get('type')}"
-    limited = "429" in code or "rate_limit" in code
-    name = "upstream_rate_limited" if limited else "upstream_failed"
-    return UpstreamError(name, message[:MESSAGE_CHARS])
-
-
 def _failure(error: openai.APIError) -> UpstreamError:
     """What the SDK raised, as an error of ours. The message of a refused key is not passed on."""
     if isinstance(error, openai.APIStatusError):
         status = error.status_code
         body = error.body if isinstance(error.body, dict) else {}
-        message = str(body.get("message") or error.message)[:MESSAGE_CHARS]
-        param = body.get("param") if isinstance(body.get("param"), str) else None
+        message = shown(body.get("message") or error.message)
+        param = shown(body["param"]) if isinstance(body.get("param"), str) else None
         if status == 429:
             wait = _retry_after(error.response.headers.get("retry-after", ""))
             return UpstreamError(
@@ -386,6 +232,6 @@ def _failure(error: openai.APIError) -> UpstreamError:
 def _retry_after(text: str) -> float | None:
     """Seconds of a Retry-After header; its date form is rare in this field and not read."""
     try:
-        return min(max(float(text), 0.0), 86400.0)
+        return min(max(0.0, float(text)), 86400.0)  # in this order NaN is 0
     except ValueError:
         return None

@@ -48,7 +48,7 @@ class _Part:
 class Writer:
     """Writes the pieces of one answer into `log`.
 
-    choices: how many answers the model was asked for. max_bytes: of text and arguments in all.
+    choices: how many answers the model was asked for. max_bytes: of its log.
     `spoken`: something of the answer has come, so that another attempt would repeat it.
     """
 
@@ -59,6 +59,7 @@ class Writer:
         self._choices = choices
         self._max_bytes = max_bytes
         self._parts = 0
+        self._chars = 0  # of the answer, its arguments and thoughts
         self._speech: dict[int, _Part] = {}  # the open part of each choice that is no tool call
         self._tools: dict[tuple[int, int], _Part] = {}
         self._labellers: dict[int, Labeller] = {}
@@ -87,6 +88,7 @@ class Writer:
             raise UpstreamError("too_long", f"the answer passed {self._max_bytes} bytes")
 
     def _say(self, piece: Piece) -> None:
+        self._chars += len(piece.text)
         part = self._speech.get(piece.choice)
         if part is None or part.kind != piece.kind:
             self._close_speech(piece.choice)
@@ -110,6 +112,7 @@ class Writer:
             self._close_speech(piece.choice)
             part = self._tools[piece.choice, piece.place] = self._open(piece)
         if piece.text:
+            self._chars += len(piece.text)
             part.arguments.append(piece.text)
             self._log.extend(part.head, piece.text)
 
@@ -148,10 +151,11 @@ class Writer:
         if self._usage is not None:
             prompt = _count(self._usage.get("prompt_tokens"))
             completion = _count(self._usage.get("completion_tokens"))
+            total = _count(self._usage.get("total_tokens")) or prompt + completion
             usage = {"prompt_tokens": prompt, "completion_tokens": completion}
-            return {**usage, "total_tokens": prompt + completion, **self._usage}
+            return {**self._usage, **usage, "total_tokens": total}
         prompt = -(-sum(map(message_chars, messages)) // CHARS_PER_TOKEN)
-        completion = -(-self._log.size // CHARS_PER_TOKEN)
+        completion = -(-self._chars // CHARS_PER_TOKEN)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion}
         return {**usage, "total_tokens": prompt + completion, "estimated": True}
 
@@ -168,4 +172,4 @@ def message_chars(message: Mapping[str, Any]) -> int:
 
 
 def _count(value: object) -> int:
-    return value if isinstance(value, int) else 0
+    return int(value) if isinstance(value, int | float) and 0 <= value < 1 << 53 else 0
