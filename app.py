@@ -19,7 +19,7 @@ from aiohttp import web
 
 from handlers import chat, openai_api, ops, streams
 from handlers.keys import CONFIG, DELIVERY, GENERATIONS, ROOMS, STATE, State
-from handlers.middleware import DOORS, name_response
+from handlers.middleware import doors, name_response
 from streaming.config import Config, ConfigError, is_demo, load
 from streaming.delivery import Delivery
 from streaming.demo import DemoModel
@@ -38,7 +38,7 @@ CUT_WAIT = 2.0  # seconds for cut streams to say their last, then for handlers t
 
 def build(config: Config) -> web.Application:
     """The application, ready to run or to be mounted in another."""
-    app = web.Application(middlewares=DOORS, client_max_size=config.limits.body_bytes)
+    app = web.Application(middlewares=[doors], client_max_size=config.limits.body_bytes)
     app[CONFIG] = config
     app[STATE] = State()
     app[DELIVERY] = Delivery(config.delivery)

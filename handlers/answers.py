@@ -74,6 +74,9 @@ async def deliver(
         sink.transport.abort()
     except ConnectionError:
         pass  # the client went first
+    except Exception:
+        await sink.cut()  # our own fault: an error page within the body would not look like one
+        raise
     return sink.response
 
 
@@ -81,7 +84,7 @@ async def _hold(request: web.Request, generation: Generation) -> None:
     """Waits for the first delta, `commit_after` at most. Raises what failed before it."""
     try:
         async with asyncio.timeout(request.app[CONFIG].generation.commit_after):
-            await generation.begun.wait()
+            await asyncio.shield(generation.begun)
     except TimeoutError:
         return
     ending = generation.ending
@@ -96,7 +99,7 @@ async def whole(
     cancelled generation gives 409 with the text so far.
     """
     with generation.reading():
-        await generation.ended.wait()
+        await asyncio.shield(generation.ended)
     headers = headers_of(generation)
     assert generation.ending is not None
     if generation.ending.type == "finished":

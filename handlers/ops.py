@@ -17,6 +17,7 @@ from streaming.events import JSON, Event, Position
 from streaming.log import Cursor, Log, now_ms
 
 _NO_STORE = {"Cache-Control": "no-store"}
+EVENT_BYTES = 256  # about what one event of a count takes, so that a read of it is bounded
 
 
 async def health(request: web.Request) -> web.Response:
@@ -48,6 +49,36 @@ COUNT = Dialect("count", _say_count, ids="after", merge=False)
 COUNT_EPOCH = "api_stream_count"  # its events are computed, so every life of it is the same
 
 
+class CountLog(Log):
+    """A start, numbered messages, an end; it holds none of them: an event is made where it is read,
+    so that the longest count costs nothing. Event 1 is the start, event n message n - 1.
+    """
+
+    def __init__(self, after: int, last: int) -> None:
+        super().__init__({}, epoch=COUNT_EPOCH, start=after)
+        self._last = last
+
+    def read(self, after: int, *, merge: bool = True, limit: int = 1 << 62) -> list[Event]:
+        """See Log.read."""
+        until = min(self.top, after + max(1, limit // EVENT_BYTES))
+        return [self._event(number) for number in range(after + 1, until + 1)]
+
+    def _event(self, number: int) -> Event:
+        type, data = "delta", {"kind": "text", "content": f"Message {number - 1}\n"}
+        if number in (1, self._last):
+            type, data = "start" if number == 1 else "end", {}
+        return Event(type, data, Position(self.epoch, number), now_ms(), self.origin)
+
+    def advance(self, whole: bool) -> None:
+        """Goes on by one message, or to the end; the end comes with the last message."""
+        self.top = max(self.top + 1, 2)
+        if whole or self.top >= self._last - 1:
+            self.top = self._last
+            self.close()
+        elif self.listener is not None:
+            self.listener()
+
+
 async def count(request: web.Request) -> web.StreamResponse:
     """GET /api/stream?count=10&interval=1: counts, to try a client or a proxy on. Event n of it is
     the same whenever it is asked for, so it resumes with nothing kept.
@@ -60,30 +91,22 @@ async def count(request: web.Request) -> web.StreamResponse:
     position = Position(COUNT_EPOCH, 0) if resumed is None else Position.parse(resumed)
     if position is None or position.epoch != COUNT_EPOCH:
         raise Gone("this position cannot be resumed", param="Last-Event-ID")
-    last = messages + 2  # the start is event 1, message n event n + 1
+    last = messages + 2
     if position.offset >= last:
         return web.Response(status=204, headers=_NO_STORE)
-    log = Log({}, epoch=COUNT_EPOCH, start=position.offset)
-    cursor = Cursor(log, log.top)
-    task = asyncio.create_task(_count(log, last, interval))
+    log = CountLog(position.offset, last)
+    log.advance(whole=not interval)
+    task = asyncio.create_task(_count(log, interval))
     try:
-        return await deliver(request, encoder, cursor, {})
+        return await deliver(request, encoder, Cursor(log, position.offset), {})
     finally:
         task.cancel()
 
 
-async def _count(log: Log, last: int, interval: float) -> None:
-    while log.top < last:
-        number = log.top
-        if number == 0:
-            log.append("start", {})
-        elif number == last - 1:
-            log.append("end", {})
-        else:
-            log.append("delta", {"kind": "text", "content": f"Message {number}\n"})
-            if number < last - 2:
-                await asyncio.sleep(interval)
-    log.close()
+async def _count(log: CountLog, interval: float) -> None:
+    while not log.closed:
+        await asyncio.sleep(interval)
+        log.advance(whole=False)
 
 
 def routes() -> list[web.RouteDef]:

@@ -11,12 +11,17 @@ read.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import random
 import socket
 import struct
+import sys
+import termios
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from http import HTTPStatus
+from typing import Any
 
 from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
@@ -33,6 +38,7 @@ STREAM_HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 HANG_UP = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
+OUTQ = termios.TIOCOUTQ  # also called SIOCOUTQ
 
 
 class TooSlow(Exception):
@@ -51,10 +57,22 @@ class Delivery:
 
     def __init__(self, config: DeliveryConfig) -> None:
         self.config = config
-        self.sinks: set[Sink] = set()
+        self._sinks: set[Sink] = set()
+        self._idle = asyncio.Event()  # no sink is there
         self._feeds: dict[Log, Feed] = {}
         self._silent: OrderedDict[Feed, float] = OrderedDict()  # by the time of the last write
         self._timer: asyncio.TimerHandle | None = None
+
+    def enter(self, sink: Sink) -> None:
+        """A sink begins to follow."""
+        self._sinks.add(sink)
+        self._idle.clear()
+
+    def leave(self, sink: Sink) -> None:
+        """A sink follows no more."""
+        self._sinks.discard(sink)
+        if not self._sinks:
+            self._idle.set()
 
     def feed(self, log: Log) -> Feed:
         """The feed of this log, made where there is none."""
@@ -94,13 +112,14 @@ class Delivery:
         """Cuts every stream so that its client comes back after up to `retry` seconds, and waits
         until they are gone, for `patience` seconds at most.
         """
-        for sink in list(self.sinks):
+        if not self._sinks:
+            self._idle.set()
+        for sink in list(self._sinks):
             sink.say_retry(random.uniform(0, retry))
             sink.wake(Draining())
         try:
             async with asyncio.timeout(patience):
-                while self.sinks:
-                    await next(iter(self.sinks)).gone.wait()
+                await self._idle.wait()
         except TimeoutError:
             pass
         if self._timer is not None:
@@ -210,7 +229,6 @@ class Sink:
         self.chunked = request.version >= HttpVersion11
         self._delivery = delivery
         self._writer = writer
-        self.gone = asyncio.Event()
         self._opening = encoder.opening  # goes out with the first bytes
         self._parked: asyncio.Future[None] | None = None
         self._woken: Exception | None = None
@@ -228,7 +246,7 @@ class Sink:
         FellBehind where the log was trimmed past it, Draining. When it returns or raises, or is
         cancelled, the sink is in no feed and nothing is written to it any more.
         """
-        self._delivery.sinks.add(self)
+        self._delivery.enter(self)
         try:
             while True:
                 if self._woken is not None:
@@ -241,11 +259,12 @@ class Sink:
                 self.write(data)
                 if events:
                     await self.drained()
+                    if self.cursor.offset < self.cursor.log.top:
+                        await asyncio.sleep(0)  # a long way to catch up: others get their turn
                 else:
                     await self._live()
         finally:
-            self._delivery.sinks.discard(self)
-            self.gone.set()
+            self._delivery.leave(self)
 
     async def _live(self) -> None:
         feed = self._delivery.feed(self.cursor.log)
@@ -266,12 +285,11 @@ class Sink:
     async def end(self, data: bytes) -> None:
         """Ends the body with these bytes, in one write. Raises as `drained`."""
         data, self._opening = self._opening + data, b""
-        try:
-            async with asyncio.timeout(self._delivery.config.write_timeout):
-                await self.response.write_eof(data)
-        except TimeoutError:
-            await self.drained()
-            self.transport.close()  # the response does not know that its end is written
+        held = self.transport.get_write_buffer_size() + len(data)
+        if held < self._delivery.config.high_water:
+            await self.response.write_eof(data)  # does not wait
+        else:
+            await self._taken(self.response.write_eof(data))
 
     async def cut(self, data: bytes = b"") -> None:
         """Ends the connection after these bytes so that the body does not look whole: no last
@@ -299,13 +317,35 @@ class Sink:
         it is gone.
         """
         while self.protocol.writing_paused:
-            waiting = self.transport.get_write_buffer_size()
-            try:
-                async with asyncio.timeout(self._delivery.config.write_timeout):
-                    await self._writer.drain()
-            except TimeoutError:
-                if self.transport.get_write_buffer_size() >= waiting:
-                    raise TooSlow from None
+            await self._taken(self._writer.drain())
+
+    async def _taken(self, writing: Coroutine[Any, Any, None]) -> None:
+        """Waits for a write of aiohttp's to end, as long as the client takes anything.
+
+        In a task: `asyncio.timeout` would cancel a future that aiohttp's next write waits for too.
+        """
+        task = asyncio.ensure_future(writing)
+        try:
+            untaken = self._untaken()
+            while not (await asyncio.wait([task], timeout=self._delivery.config.write_timeout))[0]:
+                before, untaken = untaken, self._untaken()
+                if untaken >= before:
+                    raise TooSlow
+            await task
+        finally:
+            task.cancel()
+
+    def _untaken(self) -> int:
+        """Bytes that the client has not taken yet. The kernel asks for more only once a good part
+        of its own buffer is empty, which takes a client that reads 2 KB/s longer than a minute: it
+        is slow, and not to be cut, so what the kernel holds counts too (tcp(7), SIOCOUTQ).
+        """
+        untaken = self.transport.get_write_buffer_size()
+        raw = self.transport.get_extra_info("socket")
+        if raw is not None:
+            with contextlib.suppress(OSError, ValueError):
+                untaken += int.from_bytes(fcntl.ioctl(raw.fileno(), OUTQ, bytes(4)), sys.byteorder)
+        return untaken
 
     def say_retry(self, seconds: float) -> None:
         """Tells an EventSource when to come back (HTML standard, 9.2.6: `retry:`)."""

@@ -210,7 +210,7 @@ class Log:
         drop = 0
         oldest = now_ms() - self._max_age * 1000
         size = self._bytes
-        for item, item_size in zip(self._items, self._sizes, strict=True):
+        for item, item_size in zip(self._items, self._sizes, strict=False):  # no bounds: no sizes
             count = len(self._items) - drop
             if not (
                 (self._max_events and count > self._max_events)

@@ -78,12 +78,15 @@ class OpenAIUpstream:
             )
         except openai.APIError as error:
             raise _failure(error) from error
-        response = stream.response
-        source: _Body = response.extensions["body"]
+        # Only the body is kept: request and response take 10 KiB as long as somebody holds them.
+        source: _Body = stream.response.extensions["body"]
+        del stream, body
         decoder = ChunkDecoder()
         try:
             while data := await source.read():
-                if pieces := decoder.feed(data):
+                pieces = decoder.feed(data)
+                del data  # up to 64 KiB, while the consumer takes its time
+                if pieces:
                     yield pieces
                 if decoder.failure is not None:
                     raise decoder.failure
@@ -102,7 +105,7 @@ class OpenAIUpstream:
                 self._draining.add(task)
                 task.add_done_callback(self._draining.discard)
             else:
-                await response.aclose()
+                await source.aclose()
 
     async def close(self) -> None:
         """See ModelSource.close."""
@@ -123,6 +126,7 @@ class _Client(httpx2.AsyncClient):
         self._aiohttp = session
         self._url = url
         self._yarl = URL(str(url), encoded=True)
+        self._recent: list[tuple[str, str]] = []
 
     def build_request(self, method: str, url: httpx2.URL | str, **fields: Any) -> httpx2.Request:
         sent = {"headers": fields["headers"], "content": fields["content"]}
@@ -132,6 +136,9 @@ class _Client(httpx2.AsyncClient):
         sent = request.extensions
         # What comes back is read raw, so no encoding is asked for; aiohttp undoes one all the same.
         headers = [*sent["headers"], ("Accept-Encoding", "identity")]
+        if headers == self._recent:
+            headers = self._recent  # the same strings for every call: 1.5 KiB a stream
+        self._recent = headers
         try:
             response = await self._aiohttp.post(
                 self._yarl, headers=headers, data=sent["content"], allow_redirects=False
@@ -169,7 +176,15 @@ class _Body(httpx2.AsyncByteStream):
         if self._resting is not None:
             self._resting.resume_reading()
             self._resting = None
-        data = await self._response.content.readany()
+        content = self._response.content
+        try:
+            data = await content.readany()
+        except aiohttp.ClientError:
+            # aiohttp tells of a cut before it hands over what came until then; that comes first
+            # here. It has no public way to ask for it.
+            data = content._read_nowait(-1)
+            if not data:
+                raise
         if data.count(b"\n\n") > REST_EVENTS:
             connection = self._response.connection  # None once the end has come
             if connection is not None and connection.transport is not None:

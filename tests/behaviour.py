@@ -60,6 +60,7 @@ class Behaviour:
     # faults in the answer
     stall: int = NEVER  # nothing more, the connection stays open
     reset: int = NEVER  # RST
+    drop: int = NEVER  # FIN in the midst of the body, as from a process that was killed
     end_clean: int = NEVER  # a clean end without a finish reason
     bad_json: int = NEVER
     error_event: int = NEVER
@@ -111,7 +112,7 @@ class Behaviour:
 
     def faults(self, total: int) -> dict[int, str]:
         """After how many tokens which fault comes."""
-        kinds = ("stall", "reset", "end_clean", "bad_json", "error_event")
+        kinds = ("stall", "reset", "drop", "end_clean", "bad_json", "error_event")
         places = {kind: getattr(self, kind) for kind in kinds}
         return {total // 2 if at == HALF else at: kind for kind, at in places.items()}
 

@@ -133,14 +133,17 @@ class Connection:
         self.host, self.port, self.http = at.hostname or "", at.port or 80, http
 
     async def open(self, receive_buffer: int = 0) -> None:
-        """`receive_buffer`: bytes the kernel takes for us; a reader that stops reading then shows
-        soon on the other side."""
+        """`receive_buffer`: bytes that are taken for us; a reader that stops reading then shows
+        soon on the other side. The segments are a network's then: with loopback's of 64 KB the
+        other side's kernel would hold megabytes."""
         sock = socket.socket()
         if receive_buffer:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
         sock.setblocking(False)
         await asyncio.get_running_loop().sock_connect(sock, (self.host, self.port))
-        self.reader, self.writer = await asyncio.open_connection(sock=sock, limit=1 << 16)
+        limit = receive_buffer or 1 << 16
+        self.reader, self.writer = await asyncio.open_connection(sock=sock, limit=limit)
 
     async def request(
         self,

@@ -231,6 +231,14 @@ def test_a_consumer_that_rests_gets_what_came_due_in_one_piece() -> None:
     assert batches[-1][0] == pytest.approx(1.0, abs=0.05)
 
 
+def test_a_batch_holds_every_token_that_is_due() -> None:
+    """The one due at this very moment too (numbers that floats hold exactly)."""
+    said = 0
+    for when, batch in timed("demo:rate=512,tokens=1000", rest=1 / 32)[:-1]:
+        said += len(batch[0].text.split())
+        assert said == min(int(when * 512) + 1, 1000)
+
+
 def test_delay_comes_before_the_first_token_only() -> None:
     batches = timed("demo:delay=2.5,rate=10,tokens=3")
     assert [when for when, _ in batches] == pytest.approx([2.5, 2.6, 2.7, 2.7])

@@ -157,6 +157,9 @@ class Answer:
         elif kind == "reset":
             self.record.close("server")
             rst(self.out.writer)
+        elif kind == "drop":
+            self.record.close("server")
+            self.out.writer.close()
         elif kind == "end_clean":
             await self.out.end()
         elif kind == "bad_json":
