@@ -10,6 +10,7 @@ import asyncio
 import gc
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -134,8 +135,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.set_threshold(20_000, 20, 50)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    app = build(config)
+    app.on_shutdown.insert(0, _heed_no_second_sigterm)
     web.run_app(
-        build(config),
+        app,
         sock=listener,
         loop=_new_loop(config.server.loop),
         print=lambda _: logger.info("listening", extra={"url": url, "model": config.model.name}),
@@ -146,6 +149,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_line_size=LINE_BYTES,
     )
     return 0
+
+
+async def _heed_no_second_sigterm(_: web.Application) -> None:
+    # aiohttp would give up the drain for it; SIGINT, a person's second Ctrl-C, still does so.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: None)
 
 
 def _listen(host: str, port: int) -> socket.socket:

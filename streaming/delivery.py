@@ -37,7 +37,6 @@ STREAM_HEADERS = {
     "X-Accel-Buffering": "no",
     "X-Content-Type-Options": "nosniff",
 }
-HANG_UP = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
 OUTQ = termios.TIOCOUTQ  # also called SIOCOUTQ
 
 
@@ -109,14 +108,15 @@ class Delivery:
             feed.beat()
 
     async def close(self, retry: float, patience: float) -> None:
-        """Cuts every stream so that its client comes back after up to `retry` seconds, and waits
-        until they are gone, for `patience` seconds at most.
+        """Cuts every stream that is not at its end, so that its client comes back after up to
+        `retry` seconds, and waits until all are gone, for `patience` seconds at most.
         """
         if not self._sinks:
             self._idle.set()
         for sink in list(self._sinks):
-            sink.say_retry(random.uniform(0, retry))
-            sink.wake(Draining())
+            if not sink.cursor.log.closed:  # else its end is on the way
+                sink.say_retry(random.uniform(0, retry))
+                sink.wake(Draining())
         try:
             async with asyncio.timeout(patience):
                 await self._idle.wait()
@@ -290,6 +290,11 @@ class Sink:
             await self.response.write_eof(data)  # does not wait
         else:
             await self._taken(self.response.write_eof(data))
+        if self.transport.get_write_buffer_size():  # the rest too: nobody waits for it later
+            self.transport.set_write_buffer_limits(high=0)
+            await self.drained()
+        if not self.chunked:
+            _reset_on_close(self.transport, False)
 
     async def cut(self, data: bytes = b"") -> None:
         """Ends the connection after these bytes so that the body does not look whole: no last
@@ -298,9 +303,6 @@ class Sink:
         self.write(data)
         self.transport.set_write_buffer_limits(high=0)
         await self.drained()
-        raw = self.transport.get_extra_info("socket")
-        if not self.chunked and raw is not None:
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, HANG_UP)
         self.transport.abort()
 
     def wake(self, error: Exception | None = None) -> None:
@@ -379,4 +381,16 @@ async def open_stream(
         response.stop_streaming()  # its ping task: heartbeats here come from one timer for all
     assert writer is not None and request.transport is not None
     request.transport.set_write_buffer_limits(high=delivery.config.high_water)
+    if request.version < HttpVersion11:
+        _reset_on_close(request.transport, True)
     return Sink(delivery, request, response, writer, encoder, cursor)
+
+
+def _reset_on_close(transport: asyncio.Transport, on: bool) -> None:
+    """HTTP/1.0 ends a body by closing. Until a body has ended, closing is therefore a reset,
+    whoever closes (a stop, a timeout, the kernel after a crash): no cut answer looks whole.
+    """
+    raw = transport.get_extra_info("socket")
+    if raw is not None:
+        with contextlib.suppress(OSError):  # it is closed already
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", on, 0))

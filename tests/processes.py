@@ -138,7 +138,7 @@ class Server(Process):
             [*command, "--host", "127.0.0.1", "--port", "0", *arguments],
             {**inherited, "PYTHONUNBUFFERED": "1", **(env or {})},
         )
-        self.url: str = self.first(self.stderr, _listening)
+        self.url: str = self.first(self.stderr, listening)
         self.port = int(self.url.rpartition(":")[2])
 
     def log_lines(self, event: str | None = None) -> list[dict[str, Any]]:
@@ -156,7 +156,7 @@ def _parsed(line: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"event": "", "text": line}
 
 
-def _listening(line: str) -> str | None:
+def listening(line: str) -> str | None:
     parsed = _parsed(line)
     return parsed["url"] if parsed.get("event") == "listening" else None
 

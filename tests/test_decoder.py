@@ -131,6 +131,10 @@ MEANINGS: dict[str, tuple[dict[str, Any], list[Piece]]] = {
         {"choices": [{"index": 0, "delta": {"content": "Hi"}, "logprobs": LOGPROBS}]},
         [Piece("text", "Hi", extra={"logprobs": LOGPROBS})],
     ),
+    "log probabilities that are none": (
+        {"choices": [{"index": 0, "delta": {"content": "Hi"}, "logprobs": [1]}]},
+        [Piece("text", "Hi")],
+    ),
     "unknown fields of the delta": (
         delta(content="Hi", annotations=[1], audio=None),
         [Piece("text", "Hi", extra={"annotations": [1]})],
@@ -340,6 +344,10 @@ ENDINGS: dict[str, tuple[bytes, Decoded]] = {
     "an empty error event": (
         said("Hi") + b"event:error\ndata:{}\n\n" + sse(FINISH),
         Decoded([HI], "upstream_failed", False),
+    ),
+    "data without a word": (
+        said("Hi") + b"data:\n\ndata: \r\n\r\n" + sse(FINISH),
+        Decoded([HI, STOP], "", False),
     ),
     "an error event without data": (
         said("Hi") + b"event: error\n\n" + sse(FINISH),
