@@ -27,7 +27,7 @@ test: tools
 
 # The same tests with larger numbers.
 soak: tools
-	RIVULET_SOAK=1 $(BIN)/pytest -n $(WORKERS) $(ARGS)
+	SOAK=1 $(BIN)/pytest -n $(WORKERS) $(ARGS)
 
 bench: .venv/tests
 	$(BIN)/python -m bench $(ARGS)

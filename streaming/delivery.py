@@ -257,7 +257,9 @@ class Sink:
                 if self.cursor.ended:
                     return data
                 self.write(data)
-                if events:
+                live = not events
+                del events, data  # up to 256 KiB each, while it waits
+                if not live:
                     await self.drained()
                     if self.cursor.offset < self.cursor.log.top:
                         await asyncio.sleep(0)  # a long way to catch up: others get their turn

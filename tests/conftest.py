@@ -18,7 +18,7 @@ from tests.browser import Browser
 from tests.front import Front
 from tests.processes import Server, UpstreamProcess
 
-SOAK = os.environ.get("RIVULET_SOAK") == "1"
+SOAK = os.environ.get("SOAK") == "1"
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 StartServer = Callable[..., Server]
 

@@ -1,7 +1,7 @@
 """Random cuts: a reader is cut again and again, in the middle of a line or between two, comes back
 with the last whole event's id, and the text is exact: nothing lost, doubled or moved.
 
-`RIVULET_SEED=...`, which a failure names, repeats a run as far as the network lets it.
+`SEED=...`, which a failure names, repeats a run as far as the network lets it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.processes import Server, UpstreamProcess
 from tests.readers import Answer, Ndjson, Sse, ask
 from tests.upstream import expected
 
-SEED = os.environ.get("RIVULET_SEED") or secrets.token_hex(4)
+SEED = os.environ.get("SEED") or secrets.token_hex(4)
 ANSWERS = 400 if SOAK else 40  # a batch; about three cuts each
 AT_ONCE = 20
 
@@ -197,7 +197,7 @@ async def tell(stories: list[Story], at_once: int = AT_ONCE) -> None:
                 await story.run()
             except BaseException as error:
                 how = "\n  ".join([story.model, story.stream_id, *story.trace])
-                raise AssertionError(f"RIVULET_SEED={SEED} {story.seed}:\n  {how}") from error
+                raise AssertionError(f"SEED={SEED} {story.seed}:\n  {how}") from error
 
     results = await asyncio.gather(*map(run, stories), return_exceptions=True)
     for failure in filter(None, results):
