@@ -1,16 +1,18 @@
 """The OpenAI-compatible upstream: a model call over HTTP, its answer decoded as it streams.
 
-The SDK owns authentication, errors and the base URL. The bytes come over an aiohttp session of
-ours, and each `data:` line is decoded once with orjson: the SDK's own transport costs about 80 us a
-chunk and its typed chunks about 200 us more. Retries are the generation's: some failures come after
-the status and before the first token.
+The SDK says where the upstream is and how to authenticate. The call itself is aiohttp's, and each
+`data:` line is decoded once with orjson: the SDK's own way costs 1 to 3 ms a request, 80 us a chunk
+for its transport and 200 us more for its typed chunks. Retries are the generation's: some failures
+come after the status and before the first token.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 import httpx2
@@ -23,7 +25,7 @@ from streaming.errors import UpstreamError
 from streaming.models import ModelCall, Piece
 
 DRAIN = 1.0  # seconds for the last bytes after [DONE], so that the connection can serve again
-READ_HEADERS = frozenset({b"content-type", b"retry-after", b"x-request-id"})
+ERROR_BYTES = 65536  # of an error's body that are looked at
 REST_EVENTS = 2  # in one read: what comes faster than that is worth letting gather
 KEEPALIVE = 60.0  # seconds that an idle connection is kept: a TLS handshake spared in a first token
 
@@ -36,31 +38,30 @@ class OpenAIUpstream:
     """
 
     def __init__(self, base_url: str, api_key: str, connect_timeout: float) -> None:
-        self._base_url = (base_url or "https://api.openai.com/v1").rstrip("/")
-        self._url = f"{self._base_url}/chat/completions"
-        self._api_key = api_key
+        sdk = openai.AsyncOpenAI(
+            base_url=base_url or "https://api.openai.com/v1",
+            # An upstream without keys gets a word in its place: the SDK insists on one.
+            api_key=api_key or "none",
+            http_client=httpx2.AsyncClient(transport=httpx2.AsyncBaseTransport()),  # not for use
+        )
+        headers = {**sdk.default_headers, **sdk.auth_headers}
+        self._headers = {k: v for k, v in headers.items() if isinstance(v, str)}
+        self._url = URL(f"{sdk.base_url}chat/completions", encoded=True)
         self._connect_timeout = connect_timeout
-        self._client: openai.AsyncOpenAI | None = None
-        self._session: aiohttp.ClientSession | None = None
+        self._opened: aiohttp.ClientSession | None = None
         self._draining: set[asyncio.Task[None]] = set()
 
-    def _open(self) -> openai.AsyncOpenAI:
+    def _session(self) -> aiohttp.ClientSession:
         # Not before the first call: a session belongs to the loop that runs.
-        if self._client is None:
-            self._session = aiohttp.ClientSession(
+        if self._opened is None:
+            self._opened = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE),
                 cookie_jar=aiohttp.DummyCookieJar(),  # one tenant's cookie is not another's
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout),
-                trust_env=True,
+                headers={**self._headers, "Accept-Encoding": "identity"},
+                proxy=_proxy(self._url),
             )
-            self._client = openai.AsyncOpenAI(
-                base_url=self._base_url,
-                # An upstream without keys gets a word in its place: the SDK insists on one.
-                api_key=self._api_key or "none",
-                max_retries=0,
-                http_client=_Client(self._session, httpx2.URL(self._url)),
-            )
-        return self._client
+        return self._opened
 
     async def stream(self, call: ModelCall) -> AsyncGenerator[list[Piece], None]:
         """See ModelSource.stream."""
@@ -68,19 +69,19 @@ class OpenAIUpstream:
         fields = {"stream": True, "stream_options": options}
         body = {**call.params, "model": call.model, "messages": call.messages, **fields}
         try:
-            stream = await self._open().post(
-                self._url,
-                content=orjson.dumps(body),
-                options={"idempotency_key": "unused"},  # else it makes a random one, and drops it
-                cast_to=object,
-                stream=True,
-                stream_cls=openai.AsyncStream[object],
+            response = await self._session().post(
+                self._url, data=orjson.dumps(body), allow_redirects=False
             )
-        except openai.APIError as error:
-            raise _failure(error) from error
-        # Only the body is kept: request and response take 10 KiB as long as somebody holds them.
-        source: _Body = stream.response.extensions["body"]
-        del stream, body
+        except aiohttp.ConnectionTimeoutError as error:
+            late = "the model's server could not be reached in time"
+            raise UpstreamError("connect_timeout", late) from error
+        except (aiohttp.ClientError, OSError) as error:
+            unreachable = "the model's server could not be reached"
+            raise UpstreamError("upstream_unreachable", unreachable) from error
+        if response.status != 200:
+            raise await _refused(response)
+        del body
+        source = _Body(response)
         decoder = ChunkDecoder()
         try:
             while data := await source.read():
@@ -105,57 +106,15 @@ class OpenAIUpstream:
                 self._draining.add(task)
                 task.add_done_callback(self._draining.discard)
             else:
-                await source.aclose()
+                source.close()
 
     async def close(self) -> None:
         """See ModelSource.close."""
-        if self._session is not None:
-            await self._session.close()
+        if self._opened is not None:
+            await self._opened.close()
 
 
-class _Client(httpx2.AsyncClient):
-    """The SDK's HTTP client, over an aiohttp session.
-
-    Both methods are public, and overridden whole: httpx2's own merge each request with the client's
-    settings, cookies, authentication and redirects, none of which are used here, and parse its URL
-    and headers several times. With them a one-token answer costs a third more.
-    """
-
-    def __init__(self, session: aiohttp.ClientSession, url: httpx2.URL) -> None:
-        super().__init__()
-        self._aiohttp = session
-        self._url = url
-        self._yarl = URL(str(url), encoded=True)
-        self._recent: list[tuple[str, str]] = []
-
-    def build_request(self, method: str, url: httpx2.URL | str, **fields: Any) -> httpx2.Request:
-        sent = {"headers": fields["headers"], "content": fields["content"]}
-        return httpx2.Request(method, self._url, extensions=sent)  # one URL is all that is asked
-
-    async def send(self, request: httpx2.Request, **_: Any) -> httpx2.Response:
-        sent = request.extensions
-        # What comes back is read raw, so no encoding is asked for; aiohttp undoes one all the same.
-        headers = [*sent["headers"], ("Accept-Encoding", "identity")]
-        if headers == self._recent:
-            headers = self._recent  # the same strings for every call: 1.5 KiB a stream
-        self._recent = headers
-        try:
-            response = await self._aiohttp.post(
-                self._yarl, headers=headers, data=sent["content"], allow_redirects=False
-            )
-        except aiohttp.ConnectionTimeoutError as error:
-            raise httpx2.ConnectTimeout(str(error)) from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise httpx2.ConnectError(str(error)) from error
-        body = _Body(response)
-        received = [(k, v) for k, v in response.raw_headers if k.lower() in READ_HEADERS]
-        extensions = {"body": body}
-        return httpx2.Response(
-            response.status, headers=received, stream=body, request=request, extensions=extensions
-        )
-
-
-class _Body(httpx2.AsyncByteStream):
+class _Body:
     """A response body that is read only while somebody asks for it.
 
     Where a read has brought several events, the socket then rests until the next: that hands over
@@ -201,47 +160,51 @@ class _Body(httpx2.AsyncByteStream):
         except (TimeoutError, aiohttp.ClientError):
             pass
         finally:
-            await self.aclose()
+            self.close()
 
-    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
-        # The SDK reads the body of an error through this.
-        try:
-            while data := await self.read():
-                yield data
-        except aiohttp.ClientError as error:
-            raise httpx2.ReadError(str(error)) from error
-
-    async def aclose(self) -> None:
-        self._response.close()  # no wait: the socket closes now; after the end it does nothing
+    def close(self) -> None:
+        """Closes the socket now; after the end of the body it does nothing."""
+        self._response.close()
 
 
-def _failure(error: openai.APIError) -> UpstreamError:
-    """What the SDK raised, as an error of ours. The message of a refused key is not passed on."""
-    if isinstance(error, openai.APIStatusError):
-        status = error.status_code
-        body = error.body if isinstance(error.body, dict) else {}
-        message = shown(body.get("message") or error.message)
-        param = shown(body["param"]) if isinstance(body.get("param"), str) else None
-        if status == 429:
-            wait = _retry_after(error.response.headers.get("retry-after", ""))
-            return UpstreamError(
-                "upstream_rate_limited", message, retry_after=wait, upstream_status=status
-            )
-        if status in (401, 403):
-            refused = "the model's server refused our credentials"
-            return UpstreamError("upstream_unauthorized", refused, upstream_status=status)
-        if status in (408, 409) or status >= 500:
-            wait = _retry_after(error.response.headers.get("retry-after", ""))
-            return UpstreamError(
-                "upstream_failed", message, retry_after=wait, upstream_status=status
-            )
-        rejected = status if 400 <= status < 500 else 502
-        return UpstreamError(
-            "upstream_rejected", message, param=param, status=rejected, upstream_status=status
-        )
-    if isinstance(error, openai.APITimeoutError):
-        return UpstreamError("connect_timeout", "the model's server could not be reached in time")
-    return UpstreamError("upstream_unreachable", "the model's server could not be reached")
+def _proxy(url: URL) -> str | None:
+    """The proxy that the environment names for this URL. Asked once: aiohttp's own `trust_env`
+    reads files in a thread at every call, which costs more than the rest of it.
+    """
+    if proxy_bypass(url.host or ""):
+        return None
+    return getproxies().get(url.scheme)
+
+
+async def _refused(response: aiohttp.ClientResponse) -> UpstreamError:
+    body = b""
+    with contextlib.suppress(aiohttp.ClientError, TimeoutError):  # the status says enough
+        async with asyncio.timeout(DRAIN):
+            while len(body) < ERROR_BYTES and (data := await response.content.readany()):
+                body += data
+    response.close()
+    return refusal(response.status, body, response.headers.get("Retry-After", ""))
+
+
+def refusal(status: int, body: bytes, retry_after: str) -> UpstreamError:
+    """What a status other than 200 means. The message of a refused key is not passed on."""
+    error: Any = None
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        error = orjson.loads(body)["error"]
+    fields = error if isinstance(error, dict) else {}
+    message = shown(fields.get("message") or f"the model's server answered {status}")
+    if status == 429 or status in (408, 409) or status >= 500:
+        code = "upstream_rate_limited" if status == 429 else "upstream_failed"
+        wait = _retry_after(retry_after)
+        return UpstreamError(code, message, retry_after=wait, upstream_status=status)
+    if status in (401, 403):
+        refused = "the model's server refused our credentials"
+        return UpstreamError("upstream_unauthorized", refused, upstream_status=status)
+    param, rejected = fields.get("param"), status if status >= 400 else 502
+    param = shown(param) if isinstance(param, str) else None
+    return UpstreamError(
+        "upstream_rejected", message, param=param, status=rejected, upstream_status=status
+    )
 
 
 def _retry_after(text: str) -> float | None:

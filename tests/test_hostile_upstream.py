@@ -4,10 +4,9 @@ and said in every dialect. Else one odd chunk would break every reader of its an
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-import httpx2
-import openai
 import orjson
 import pytest
 from hypothesis import given
@@ -19,7 +18,7 @@ from streaming.encoders import NDJSON, NDJSON_BRACES, SSE, TEXT, Encoder
 from streaming.errors import UpstreamError
 from streaming.log import Log
 from streaming.models import Piece
-from streaming.upstream import _failure
+from streaming.upstream import refusal
 from streaming.writer import Writer
 from tests.properties import property_test
 from tests.samples import ORIGIN, STREAM
@@ -180,10 +179,8 @@ def test_counts_that_are_none(odd: Any) -> None:
 
 
 def refused(status: int, body: object = None, **headers: str) -> UpstreamError:
-    request = httpx2.Request("POST", "http://upstream/v1/chat/completions")
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    response = httpx2.Response(status, headers=named, request=request)
-    return _failure(openai.APIStatusError("refused", response=response, body=body))
+    sent = json.dumps({"error": body}).encode()
+    return refusal(status, sent, headers.get("retry_after", ""))
 
 
 @pytest.mark.parametrize(
