@@ -136,10 +136,12 @@ async def test_a_process_that_is_killed(
 async def test_clients_come_back_spread_over_the_window(serve: Callable[..., Server]) -> None:
     """Each `EventSource` is told another time to come back, so that not all do at once."""
     server, model, window = serve(1.0), named("tokens=5000,rate=50"), 1000
+    opened: list[str] = []
 
     async def retry_of(path: str) -> int | None:
         parser = Sse()
         async with ask("GET", server.url + path) as answer:
+            opened.append(path)
             items = [item async for item in answer.items(parser)]
             assert items
             assert answer.ended == "cut"
@@ -149,7 +151,7 @@ async def test_clients_come_back_spread_over_the_window(serve: Callable[..., Ser
         path = f"/api/v1/streams/{first.headers['x-stream-id']}/events"
         paths = [path] * 40 + ["/api/stream?interval=60"] * 5
         reading = [asyncio.ensure_future(retry_of(each)) for each in paths]
-        await until(lambda: server.files() > 50)
+        await until(lambda: len(opened) == len(paths))
         terminate(server)
         told = [retry for retry in await asyncio.gather(*reading) if retry is not None]
     assert len(told) == len(paths)
