@@ -30,6 +30,7 @@ soak: tools
 	SOAK=1 $(BIN)/pytest -n $(WORKERS) $(ARGS)
 
 bench: .venv/tests
+	bench/install.sh
 	$(BIN)/python -m bench $(ARGS)
 
 lint: .venv/tests
@@ -44,8 +45,9 @@ format: .venv/tests
 # Debian packages first: without them there may be no venv.
 tools:
 	PYTHON=$(PYTHON) tests/install.sh
+	bench/install.sh
 	$(MAKE) .venv/tests
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/js/node_modules
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis tests/js/node_modules bench/peers/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

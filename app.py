@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -18,15 +20,17 @@ from collections.abc import Sequence
 import orjson
 from aiohttp import web
 
-from handlers import chat, openai_api, ops, streams
-from handlers.keys import CONFIG, DELIVERY, GENERATIONS, ROOMS, STATE, State
+from handlers import channels, chat, openai_api, ops, rooms, streams, websocket
+from handlers.keys import CHANNELS, CONFIG, DELIVERY, GENERATIONS, PRESENCE, ROOMS, STATE, State
 from handlers.middleware import doors, name_response
+from streaming.channels import Channels
 from streaming.config import Config, ConfigError, is_demo, load
 from streaming.delivery import Delivery
 from streaming.demo import DemoModel
 from streaming.dialects import timestamp
 from streaming.generations import Generations
 from streaming.models import Models, ModelSource
+from streaming.presence import Presence
 from streaming.rooms import Rooms
 from streaming.upstream import OpenAIUpstream
 
@@ -34,6 +38,7 @@ logger = logging.getLogger("rivulet")
 
 BACKLOG = 4096  # connections waiting to be accepted: a reconnect storm comes at once
 LINE_BYTES = 65536  # of a request's first line: a GET's prompt is there, up to 12 bytes a character
+KEEPALIVE = 75.0  # seconds; longer than nginx keeps its side, so that it never meets a closed one
 CUT_WAIT = 2.0  # seconds for cut streams to say their last, then for handlers to return
 
 
@@ -45,7 +50,9 @@ def build(config: Config) -> web.Application:
     app[DELIVERY] = Delivery(config.delivery)
     app[GENERATIONS] = Generations(config.generation, _models(config))
     app[ROOMS] = Rooms(config.rooms, config.history)
-    for surface in (chat, openai_api, streams, ops):
+    app[PRESENCE] = Presence(app[DELIVERY], config.rooms.grace)
+    app[CHANNELS] = Channels(config.delivery, config.limits)
+    for surface in (chat, openai_api, streams, rooms, websocket, channels, ops):
         app.add_routes(surface.routes())
     app.on_response_prepare.append(name_response)
     app.on_shutdown.append(_drain)
@@ -70,14 +77,18 @@ def _models(config: Config) -> Models:
 
 
 async def _drain(app: web.Application) -> None:
-    """After SIGTERM, with the listeners closed: running answers may finish within the drain window;
-    then what still streams is cut, so that no client takes it for whole, and comes back elsewhere.
+    """After SIGTERM, with the listeners closed: running answers may finish within the drain window,
+    over which WebSockets are closed; then what still streams is cut, so that no client takes it for
+    whole, and comes back elsewhere.
     """
+    if app[STATE].draining:
+        return
     window = app[CONFIG].server.drain
     app[STATE].draining = True
     logger.info("draining", extra={"running": app[GENERATIONS].running, "window": window})
-    await app[GENERATIONS].finish(window)
-    await app[DELIVERY].close(retry=window, patience=CUT_WAIT)
+    deliveries = app[DELIVERY], app[CHANNELS].delivery
+    await asyncio.gather(app[GENERATIONS].finish(window), app[DELIVERY].drain(window))
+    await asyncio.gather(*(d.close(retry=window, patience=CUT_WAIT) for d in deliveries))
     await app[GENERATIONS].close()
 
 
@@ -133,27 +144,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     # often is right: a one-token answer costs an eighth less.
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+    with contextlib.suppress(ValueError, OSError):  # a connection is an open file
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    app = build(config)
-    app.on_shutdown.insert(0, _heed_no_second_sigterm)
-    web.run_app(
-        app,
-        sock=listener,
-        loop=_new_loop(config.server.loop),
-        print=lambda _: logger.info("listening", extra={"url": url, "model": config.model.name}),
-        handler_cancellation=True,  # a parked handler learns that its client has gone
-        access_log=None,
-        shutdown_timeout=CUT_WAIT,
-        backlog=BACKLOG,
-        max_line_size=LINE_BYTES,
-    )
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        asyncio.Runner(loop_factory=lambda: _new_loop(config.server.loop)) as loop,
+    ):
+        loop.run(_serve(config, listener, url))
     return 0
 
 
-async def _heed_no_second_sigterm(_: web.Application) -> None:
-    # aiohttp would give up the drain for it; SIGINT, a person's second Ctrl-C, still does so.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: None)
+async def _serve(config: Config, listener: socket.socket, url: str) -> None:
+    """Serves until SIGTERM or SIGINT. As `web.run_app`, which would drain with connections that are
+    deaf already: what comes over a WebSocket until it is closed is to be heard.
+    """
+    app = build(config)
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=True,  # a parked handler learns that its client has gone
+        access_log=None,
+        shutdown_timeout=CUT_WAIT,
+        keepalive_timeout=KEEPALIVE,
+        max_line_size=LINE_BYTES,
+    )
+    await runner.setup()
+    site = web.SockSite(runner, listener, backlog=BACKLOG)
+    await site.start()
+    told = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
+    logger.info("listening", extra={"url": url, "model": config.model.name})
+    await told.wait()
+    # A second SIGTERM does not give up the drain; a person's second Ctrl-C does.
+    asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+    await site.stop()
+    await app.shutdown()
+    await runner.cleanup()
 
 
 def _listen(host: str, port: int) -> socket.socket:

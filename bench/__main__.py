@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 
 from bench import report
-from bench.cases import CASES, Bench
+from bench.cases import Bench
+from bench.catalog import CASES
 
 
 def main() -> None:

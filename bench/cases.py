@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from bench import replay
 from bench.measure import Cores, Server, run_load, start
-from bench.plan import Plan, Result, Spread
+from bench.plan import Heard, Plan, Result, Spread
 
 PATH = "/api/v1/ai/generate/stream"
 EVENTS = "/api/v1/streams/{id}/events?dialect=content"
@@ -48,6 +48,7 @@ class Outcome:
     values: list[Value] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     runs: dict[str, list[Result]] = field(default_factory=dict)
+    crowds: dict[str, list[Heard]] = field(default_factory=dict)
 
     def value(self, measure: str, peer: str) -> float:
         """The median of a measure already added."""
@@ -66,8 +67,14 @@ class Outcome:
 
     def at_most(self, most: float, unit: str, what: str, measured: float) -> None:
         """Wants a number of ours to stay within a bound."""
-        wanted = f"{what}: at most {most:g} {unit}".strip()
+        wanted = f"{what}: at most {most:.4g} {unit}".strip()
         self.targets.append(Target(wanted, f"{measured:.3g} {unit}".strip(), measured <= most))
+
+    def no_less(self, least: float, what: str, measured: float) -> None:
+        """Wants a number of ours to reach a bound."""
+        self.targets.append(
+            Target(f"{what}: at least {least:,.0f}", f"{measured:,.0f}", measured >= least)
+        )
 
 
 @dataclass
@@ -108,18 +115,16 @@ class Bench:
     ) -> Result:
         """One run of the load against the server, each request asking for this model."""
         body = f'{{"prompt":"hi","model":"{model}","stream":true}}'
-        return run_load(
-            replace(
-                plan,
-                port=server.port,
-                path=PATH,
-                body=body,
-                seconds=seconds or self.seconds,
-                pid=server.pid,
-                helper=upstream.pid if upstream.pid != server.pid else 0,
-            ),
-            self.cores.load,
+        full = replace(
+            plan,
+            port=server.port,
+            path=PATH,
+            body=body,
+            seconds=seconds or self.seconds,
+            pid=server.pid,
+            helper=upstream.pid if upstream.pid != server.pid else 0,
         )
+        return Result.parse(run_load("bench.load", full, self.cores.load))
 
     def sample(self, peer: str, model: str, plan: Plan, loop: str = "") -> Result:
         """One run against a fresh server of this peer."""
@@ -134,6 +139,8 @@ class Bench:
                 found[peer].append(self.sample(peer, model, plan))
         return found
 
+
+Case = Callable[[Bench], Outcome]
 
 TOKENS = "tokens per CPU-second"
 ANSWERS = "answers per CPU-second"
@@ -298,7 +305,7 @@ def loops(bench: Bench) -> Outcome:
     return outcome
 
 
-CASES: dict[str, Callable[[Bench], Outcome]] = {
+STREAMS: dict[str, Case] = {
     "saturated": saturated,
     "paced50": paced50,
     "paced150": paced150,

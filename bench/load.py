@@ -11,20 +11,17 @@ reported is what happened in the window of `--seconds` that begins when all conn
 `--expect` is counted in `lost` (or `extra`), whenever it ended.
 """
 
-import argparse
-import gc
 import json
 import os
-import resource
 import select
 import socket
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 
 from bench.plan import Plan, Result, Spread
-from bench.proc import usage
+from bench.proc import unhindered, usage
 from bench.wire import ChunkedBody, Head, MarkCounter, request
 
 _BUFFER = 1 << 18
@@ -293,17 +290,8 @@ class Load:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="a load generator; see the module's docstring")
-    for option in fields(Plan):
-        if option.type is bool:
-            parser.add_argument(f"--{option.name}", action="store_true")
-        else:
-            assert callable(option.type)
-            parser.add_argument(f"--{option.name}", type=option.type, default=option.default)
-    plan = Plan(**vars(parser.parse_args()))
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    gc.disable()  # a pause of ours would be taken for the server's
+    plan = Plan.parse("a load generator; see the module's docstring")
+    unhindered()
     print(json.dumps(asdict(Load(plan).run())))
 
 

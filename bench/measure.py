@@ -4,21 +4,22 @@ The server gets a core of its own. The load and the upstream share another, or h
 there are three; with a single core all share it, and the numbers are worth less.
 """
 
-import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
-from bench.plan import Plan, Result
+from bench.plan import Options
+from bench.proc import family, more_files
 from bench.wire import exchange, request
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,10 +55,10 @@ class Server:
 
 
 def _pinned(
-    module: Sequence[str], core: int, env: Mapping[str, str], out: int, err: int | IO[bytes]
+    command: Sequence[str], core: int, env: Mapping[str, str], out: int, err: int | IO[bytes]
 ) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, *module],
+        command,
         cwd=ROOT,
         env={**os.environ, **env},
         stdin=subprocess.DEVNULL,
@@ -66,50 +67,51 @@ def _pinned(
         text=True,
     )
     os.sched_setaffinity(process.pid, {core})  # before it has threads: they inherit it
+    more_files(process.pid)
     return process
 
 
 @contextmanager
-def start(arguments: Sequence[str], core: int, env: Mapping[str, str]) -> Iterator[Server]:
-    """Runs `python ARGUMENTS` on this core until the block is left, then kills it.
+def start(
+    arguments: Sequence[str], core: int, env: Mapping[str, str], program: str = sys.executable
+) -> Iterator[Server]:
+    """Runs `python ARGUMENTS` (or another program) on this core until the block is left, then kills
+    it and its children.
 
     Waits for its JSON line with `"event": "listening"` on stderr; raises RuntimeError with the last
     of what it said where none comes.
     """
     with tempfile.TemporaryFile() as log:
-        process = _pinned(arguments, core, env, subprocess.DEVNULL, log)
+        process = _pinned([program, *arguments], core, env, subprocess.DEVNULL, log)
         try:
             yield Server(process.pid, _listening(process, log))
         finally:
-            process.kill()
+            for pid in family(process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
 
 
 def _listening(process: subprocess.Popen[str], log: IO[bytes]) -> int:
     deadline = time.monotonic() + _START_SECONDS
-    said = ""
     while time.monotonic() < deadline and process.poll() is None:
         said = os.pread(log.fileno(), 1 << 20, 0).decode()
         for line in said.splitlines(keepends=True):
             if line.endswith("\n") and line.startswith("{") and '"listening"' in line:
                 return urlsplit(json.loads(line)["url"]).port or 0
         time.sleep(0.02)
+    said = os.pread(log.fileno(), 1 << 20, 0).decode()
     raise RuntimeError(f"{process.args!r} did not start: {said[-2000:]}")
 
 
-def run_load(plan: Plan, core: int) -> Result:
-    """Runs the load generator on this core and returns what it measured.
+def run_load(module: str, plan: Options, core: int) -> str:
+    """Runs a load generator on this core and returns the line in which it says what it measured.
 
     Raises RuntimeError with what it said where it failed.
     """
-    options = []
-    for name, value in dataclasses.asdict(plan).items():
-        if value is True:
-            options.append(f"--{name}")
-        elif value is not False:
-            options.append(f"--{name}={value}")
-    load = _pinned(["-m", "bench.load", *options], core, {}, subprocess.PIPE, subprocess.PIPE)
+    command = [sys.executable, "-m", module, *plan.arguments()]
+    load = _pinned(command, core, {}, subprocess.PIPE, subprocess.PIPE)
     out, err = load.communicate()
     if load.returncode:
         raise RuntimeError(f"the load failed: {err[-2000:]}")
-    return Result.parse(out)
+    return out

@@ -1,11 +1,41 @@
 """What the load generator is asked for and what it answers: plain data, one JSON line each."""
 
+import argparse
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+P = TypeVar("P", bound="Options")
+
+
+class Options:
+    """A dataclass of plain values that travels as a command line."""
+
+    @classmethod
+    def parse(cls: type[P], about: str) -> P:
+        """Reads this process's command line."""
+        parser = argparse.ArgumentParser(description=about)
+        options: Any = cls
+        for option in fields(options):
+            if option.type is bool:
+                parser.add_argument(f"--{option.name}", action="store_true")
+            else:
+                assert callable(option.type)
+                parser.add_argument(f"--{option.name}", type=option.type, default=option.default)
+        return cls(**vars(parser.parse_args()))
+
+    def arguments(self) -> list[str]:
+        """The command line that `parse` reads."""
+        values = vars(self).items()
+        return [
+            f"--{name}" if value is True else f"--{name}={value}"
+            for name, value in values
+            if value is not False
+        ]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Options):
     """What the load generator is to do; its command line's options, one for one.
 
     Attributes:
@@ -121,3 +151,93 @@ class Result:
     def load_busy(self) -> float:
         """The load's and the upstream's share of the core they have in common."""
         return (self.load_cpu + self.upstream_cpu) / self.seconds
+
+
+@dataclass(frozen=True)
+class Audience(Options):
+    """What the load generator for rooms is to do; its command line's options, one for one.
+
+    Attributes:
+        follow, publish: paths of the room's stream and of the POST to it.
+        websocket: the stream is a WebSocket; else it is streamed HTTP.
+        hello: text to send on each WebSocket once it is open.
+        count: subscribers.
+        body: bytes of JSON in each publish.
+        window: publishes that may be undelivered, where there is no rate.
+        rate: publishes a second.
+        seconds: the measured time; 0 only connects.
+        pid: the server.
+    """
+
+    port: int = 0
+    follow: str = "/"
+    publish: str = "/"
+    websocket: bool = False
+    hello: str = ""
+    count: int = 1
+    body: int = 200
+    window: int = 4
+    rate: float = 0.0
+    seconds: float = 4.0
+    warmup: float = 0.5
+    pid: int = 0
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What one audience measured, from nothing under way to nothing under way.
+
+    Attributes:
+        publishes, deliveries, bytes: of the measured time; bytes are what subscribers received.
+        server_cpu, load_cpu: CPU seconds of the two.
+        connect_cpu: the server's, for connecting all subscribers.
+        rss_before, rss_idle: the server's resident bytes, before the first subscriber and with all.
+        latency_ms: from publishing to arrival, at a steady rate.
+        lost, extra: deliveries too few or too many for a subscriber, in the whole run.
+        disorder: times that a subscriber's next message was not the next one of the room.
+        statuses, errors: of all responses, and what broke a connection, in the whole run.
+    """
+
+    seconds: float
+    subscribers: int
+    publishes: int
+    deliveries: int
+    bytes: int
+    server_cpu: float
+    load_cpu: float
+    connect_cpu: float
+    rss_before: int
+    rss_idle: int
+    latency_ms: Spread | None
+    lost: int
+    extra: int
+    disorder: int
+    statuses: dict[str, int]
+    errors: dict[str, int]
+
+    @classmethod
+    def parse(cls, line: str) -> "Heard":
+        """Reads the line that `main` prints."""
+        values = json.loads(line)
+        values["latency_ms"] = values["latency_ms"] and Spread(**values["latency_ms"])
+        return cls(**values)
+
+    @property
+    def deliveries_per_cpu(self) -> float:
+        """Deliveries per CPU-second of the server."""
+        return self.deliveries / max(self.server_cpu, 0.01)
+
+    @property
+    def connects_per_cpu(self) -> float:
+        """Connections per CPU-second of the server."""
+        return self.subscribers / max(self.connect_cpu, 0.01)
+
+    @property
+    def kilobytes(self) -> float:
+        """The server's memory for a connection on which nothing happens."""
+        return (self.rss_idle - self.rss_before) / self.subscribers / 1000
+
+    @property
+    def wrong(self) -> int:
+        """Deliveries lost, doubled or out of order."""
+        return self.lost + self.extra + self.disorder

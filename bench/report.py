@@ -13,9 +13,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bench.cases import CASES, DIRECT, PEERS, Outcome
+from bench.cases import DIRECT, PEERS, Outcome
+from bench.catalog import CASES
 
-_PACKAGES = ("aiohttp", "openai", "orjson", "uvloop", "fastapi", "uvicorn", "httptools")
+_PACKAGES = (
+    *("aiohttp", "aiohttp-sse", "openai", "orjson", "uvloop", "fastapi", "uvicorn", "httptools"),
+    *("websockets", "sse-starlette", "python-socketio"),
+)
+_GOOD = ("101", "200", "201", "202")
 _COLOURS = {peer: f"C{i}" for i, peer in enumerate((*PEERS, DIRECT))}
 
 
@@ -37,7 +42,10 @@ def publish(folder: Path) -> str:
     """Makes `results.md` and `plot.png` from the cases' files; returns the page's text."""
     cases = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     cases.sort(key=lambda case: list(CASES).index(case["case"]))
-    page = "\n\n".join([_head(cases), _targets(cases), _values(cases), _runs(cases)]) + "\n"
+    page = (
+        "\n\n".join([_head(cases), _targets(cases), _values(cases), _runs(cases), _crowds(cases)])
+        + "\n"
+    )
     (folder / "results.md").write_text(page)
     _plot(folder / "plot.png", cases)
     return page
@@ -123,12 +131,37 @@ def _runs(cases: Sequence[dict[str, Any]]) -> str:
     return _table("Each run", header, rows)
 
 
+def _crowds(cases: Sequence[dict[str, Any]]) -> str:
+    header = [
+        *("case", "peer", "run", "subscribers", "publishes", "deliveries/s", "bytes a delivery"),
+        *("server busy", "load's core busy", "latency ms p50, p99"),
+        *("lost", "extra", "out of order", "trouble"),
+    ]
+    rows = []
+    for case in cases:
+        for peer, runs in case.get("crowds", {}).items():
+            for i, run in enumerate(runs, 1):
+                seconds = max(run["seconds"], 0.01)
+                rows.append(
+                    [
+                        *(case["case"], peer, str(i), f"{run['subscribers']:,}"),
+                        *(f"{run['publishes']:,}", _number(run["deliveries"] / seconds)),
+                        f"{run['bytes'] / max(run['deliveries'], 1):.0f}",
+                        *(f"{run[cpu] / seconds:.0%}" for cpu in ("server_cpu", "load_cpu")),
+                        _spread(run["latency_ms"]),
+                        *(f"{run[name]:,}" for name in ("lost", "extra", "disorder")),
+                        _trouble(run),
+                    ]
+                )
+    return _table("Each run with a room", header, rows)
+
+
 def _spread(spread: dict[str, float] | None) -> str:
     return f"{spread['p50']:.2f}, {spread['p99']:.2f}" if spread else ""
 
 
 def _trouble(run: dict[str, Any]) -> str:
-    bad = {status: count for status, count in run["statuses"].items() if status != "200"}
+    bad = {status: count for status, count in run["statuses"].items() if status not in _GOOD}
     return ", ".join(f"{count} x {what}" for what, count in (bad | run["errors"]).items())
 
 
@@ -166,5 +199,6 @@ def _plot(path: Path, cases: Sequence[dict[str, Any]]) -> None:
         axes.bar_label(bars, [_number(number) for number in median], fontsize=8, padding=2)
         axes.set_title(f"{name}: {measure.removeprefix(name + ': ')}", fontsize=9)
         axes.tick_params(labelsize=8)
+        axes.tick_params(axis="x", rotation=20 if len(values) > 4 else 0)
         axes.margins(y=0.15)
     figure.savefig(path, dpi=110)

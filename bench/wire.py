@@ -88,6 +88,54 @@ class MarkCounter:
         return [int(digits) for digits in _STAMP.findall(data)]
 
 
+def stamps(text: bytes) -> list[int]:
+    """The clocks of all marks in a text."""
+    return [int(digits) for digits in _STAMP.findall(text)]
+
+
+Units = tuple[bytes, bytes, list[bytes]]
+"""What whole units hold, the beginning of one that is not whole yet, and pings."""
+
+
+def frames(data: bytes) -> Units:
+    """Takes the framing off what a WebSocket server sent."""
+    position, size = 0, len(data)
+    parts: dict[bool, list[bytes]] = {False: [], True: []}
+    while size - position >= 2:
+        length, start = data[position + 1], position + 2
+        if length > 125:
+            start += 2 if length == 126 else 8
+            length = int.from_bytes(data[position + 2 : start])
+        if start + length > size:
+            break
+        parts[data[position] & 15 == 9].append(data[start : start + length])
+        position = start + length
+    return b"".join(parts[False]), data[position:], parts[True]
+
+
+def chunks(data: bytes) -> Units:
+    """Takes the chunked coding off a body that does not end."""
+    position, parts = 0, []
+    while (line := data.find(b"\r\n", position)) > 0:
+        end = line + 2 + int(data[position:line], 16)
+        if end + 2 > len(data):
+            break
+        parts.append(data[line + 2 : end])
+        position = end + 2
+    return b"".join(parts), data[position:], []
+
+
+def blocks(data: bytes) -> Units:
+    """Whole events of an SSE body that has no coding."""
+    text, end, rest = data.rpartition(b"\n\n")
+    return text + end, rest, []
+
+
+def to_server(opcode: int, payload: bytes) -> bytes:
+    """A WebSocket frame of a client, up to 125 bytes, masked with zeros."""
+    return bytes((0x80 | opcode, 0x80 | len(payload), 0, 0, 0, 0)) + payload
+
+
 @dataclass
 class Head:
     """The first line and the headers (names in lower case) of a response."""

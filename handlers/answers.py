@@ -12,27 +12,33 @@ from aiohttp import web
 from handlers.keys import CONFIG, DELIVERY, GENERATIONS, USER
 from handlers.middleware import error_response, json_response
 from handlers.reading import framing, last_event_id
-from streaming.delivery import Draining, TooSlow, open_stream
+from streaming.delivery import Delivery, Draining, Place, TooSlow
 from streaming.dialects import Dialect
-from streaming.encoders import Encoder, Framing, encoder
+from streaming.encoders import TEXT, Encoder, Framing, encoder
 from streaming.errors import Conflict, Gone, InvalidField, RivuletError
-from streaming.events import JSON, Position
+from streaming.events import JSON, Event, Position
 from streaming.generations import Generation
 from streaming.log import Cursor, FellBehind
+from streaming.responses import open_stream
 
 _HEARTBEAT = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 
 
-def choose_encoder(request: web.Request, dialect: Dialect, default: Framing) -> Encoder:
+def choose_encoder(
+    request: web.Request, dialect: Dialect, default: Framing, *, bare: bool = True
+) -> Encoder:
     """The dialect in the framing that the request asks for; `heartbeat=NAME` names its heartbeats.
-    Raises InvalidField.
+    bare: there is a text that can stand alone. Raises InvalidField.
     """
     wish = request.query.get("heartbeat", "")
     if wish in ("1", "true"):
         wish = "heartbeat"
     if wish and not _HEARTBEAT.fullmatch(wish):
         raise InvalidField("heartbeat", "must be a name of letters, digits, `_`, `.` and `-`")
-    return encoder(dialect, framing(request, default), wish)
+    chosen = framing(request, default)
+    if chosen is TEXT and not bare:
+        raise InvalidField("format", "must be sse or ndjson")
+    return encoder(dialect, chosen, wish)
 
 
 async def stream(
@@ -53,13 +59,18 @@ async def stream(
 async def deliver(
     request: web.Request,
     encoder: Encoder,
-    cursor: Cursor,
+    cursor: Place,
     headers: Mapping[str, str],
     generation: Generation | None = None,
+    opening: list[Event] | None = None,
+    delivery: Delivery | None = None,
 ) -> web.StreamResponse:
-    """Streams a log from the cursor to its end; see `stream`."""
-    sink = await open_stream(request.app[DELIVERY], request, encoder, cursor, headers)
+    """Streams what the cursor reads to its end, after the events of `opening`; see `stream`."""
+    sink = await open_stream(delivery or request.app[DELIVERY], request, encoder, cursor, headers)
     try:
+        if opening:
+            sink.write(encoder.encode(opening))
+            opening.clear()  # a large room's members, perhaps: not to be kept as long as the stream
         try:
             last = await sink.follow()
         except Draining:

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from handlers.answers import choose_encoder, resume, stream, whole
 from handlers.keys import CONFIG, GENERATIONS, REQUEST_ID, ROOMS, STATE, USER
-from handlers.reading import Fields, read_fields
+from handlers.reading import Fields, idempotency_key, read_fields
 from streaming.dialects import CHAT, CONTENT, CONTENT_WITHOUT_DONE, TOOL, Dialect
 from streaming.encoders import NDJSON, NDJSON_BRACES, SSE, Framing
 from streaming.errors import InvalidField, Unavailable
@@ -30,7 +30,6 @@ DEFAULT_PROMPT = "Say hello, and tell me in a few sentences what a streaming ser
 MODEL_CHARS = 512
 _CONVERSATION = re.compile(r"[!-~]{1,128}")  # it goes into a header
 _ROOM = re.compile(r"[^\s\x00-\x1f]{1,128}")
-_IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,16 +126,27 @@ def start(
 
     Nothing is awaited from here to the first event, so no client's going can lose it.
     """
-    generations, user = request.app[GENERATIONS], request[USER]
-    cfg = request.app[CONFIG].generation
     key = _key(request, body)
+    return begin(request.app, request[USER], request[REQUEST_ID], question, key, linger)
+
+
+def begin(
+    app: web.Application,
+    user: str,
+    request_id: str,
+    question: Question,
+    key: Key | None = None,
+    linger: float | None = None,
+) -> Generation:
+    """As `start`, where there is no request of its own: a frame on a socket asks."""
+    generations, cfg = app[GENERATIONS], app[CONFIG].generation
     if (found := generations.started(key)) is not None:
         return found
-    if request.app[STATE].draining:
+    if app[STATE].draining:
         raise Unavailable("this server is going away", code="draining", retry_after=1)
     room, messages = None, question.messages
     if question.room or question.conversation_id:
-        room = _room(request, question)
+        room = app[ROOMS].get(_room_name(user, question))
         messages = _context(room, question)
     last = messages[-1]
     ask = Ask(
@@ -148,15 +158,15 @@ def start(
         said=last["content"] if last["role"] == "user" else None,
         dialect=question.dialect,
         key=key,
-        request_id=request[REQUEST_ID],
+        request_id=request_id,
     )
     return generations.start(ask)
 
 
-def _room(request: web.Request, question: Question) -> Room:
+def _room_name(user: str, question: Question) -> str:
     # Percent-encoded, so that no owner and id read like another's.
-    owner, conversation = quote(request[USER], safe=""), quote(question.conversation_id, safe="")
-    return request.app[ROOMS].get(question.room or f"conv:{owner}:{conversation}")
+    owner, conversation = quote(user, safe=""), quote(question.conversation_id, safe="")
+    return question.room or f"conv:{owner}:{conversation}"
 
 
 def _context(room: Room, question: Question) -> list[JSON]:
@@ -164,20 +174,18 @@ def _context(room: Room, question: Question) -> list[JSON]:
     if not question.message:
         return question.messages
     said = {"role": "user", "content": question.message}
-    return [*room.messages, said][-(room.messages.maxlen or 1) :]
+    return [*room.context(), said][-(room.messages.maxlen or 1) :]
 
 
 def _key(request: web.Request, body: JSON) -> Key | None:
     """The request's idempotency key, or with single flight one made from user and body."""
-    given = request.headers.get("Idempotency-Key")
-    flight = given is None and request.app[CONFIG].generation.single_flight
-    if given is None and not flight:
+    given = idempotency_key(request)
+    flight = not given and request.app[CONFIG].generation.single_flight
+    if not given and not flight:
         return None
-    if given is not None and not _IDEMPOTENCY_KEY.fullmatch(given):
-        raise InvalidField("Idempotency-Key", "must be 1 to 255 visible ASCII characters")
     digest = hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).digest()
     scope = f"{request.method} {request.path} {request[USER]}"
-    return Key(scope, digest.hex() if given is None else f"key {given}", digest, flight)
+    return Key(scope, f"key {given}" if given else digest.hex(), digest, flight)
 
 
 def _text_and_tokens(generation: Generation) -> JSON:

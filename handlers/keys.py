@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from streaming.channels import Channels
 from streaming.config import Config
 from streaming.delivery import Delivery
 from streaming.generations import Generations
+from streaming.presence import Presence
 from streaming.rooms import Rooms
 
 
@@ -16,9 +18,11 @@ class State:
     draining = False
 
 
+CHANNELS = web.AppKey("channels", Channels)
 CONFIG = web.AppKey("config", Config)
 DELIVERY = web.AppKey("delivery", Delivery)
 GENERATIONS = web.AppKey("generations", Generations)
+PRESENCE = web.AppKey("presence", Presence)
 ROOMS = web.AppKey("rooms", Rooms)
 STATE = web.AppKey("state", State)
 

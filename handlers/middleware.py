@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 import orjson
 from aiohttp import web
 
-from handlers.keys import CONFIG, REQUEST_ID, USER
+from handlers.keys import CONFIG, REQUEST_ID, STATE, USER
 from handlers.reading import check_query, last_event_id
 from streaming.dialects import openai_error
 from streaming.errors import BadRequest, RivuletError, TooLarge
@@ -138,6 +138,11 @@ def json_response(
 
 
 async def name_response(request: web.Request, response: web.StreamResponse) -> None:
-    """Puts the request's id on its answer (a signal: streams are prepared inside the handler)."""
+    """Puts the request's id on its answer (a signal: streams are prepared inside the handler), and
+    while the server drains lets the connection go after it.
+    """
     if REQUEST_ID in request:
         response.headers.setdefault("X-Request-Id", request[REQUEST_ID])
+    if request.app[STATE].draining:
+        response.force_close()
+        response.headers["Connection"] = "close"

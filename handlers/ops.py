@@ -75,8 +75,8 @@ class CountLog(Log):
         if whole or self.top >= self._last - 1:
             self.top = self._last
             self.close()
-        elif self.listener is not None:
-            self.listener()
+        for listener in self.listeners:
+            listener()
 
 
 async def count(request: web.Request) -> web.StreamResponse:

@@ -6,6 +6,7 @@ Bad input never passes silently: each error names the field (RivuletError, 4xx).
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote_to_bytes
@@ -20,24 +21,36 @@ from streaming.events import JSON
 from streaming.writer import message_chars
 
 
-async def read_json(request: web.Request) -> Any:
-    """The body as JSON, whatever the content type says. Raises BadRequest; aiohttp raises 413."""
+async def read_json(request: web.Request, most: int = 0) -> Any:
+    """The body as JSON, whatever the content type says. most: bytes of it, where that is less than
+    of any body. Raises BadRequest, TooLarge; aiohttp raises 413.
+    """
     try:
-        value = orjson.loads(await request.read())
+        body = await request.read()
     except web.RequestPayloadError:
         raise BadRequest("the body is not what its headers say", param="body") from None
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the body is not JSON: {error}", param="body") from None
+    if most and len(body) > most:
+        raise TooLarge(f"the body is larger than the {most} bytes allowed here", param="body")
+    return parse(body, "body")
+
+
+def parse(text: bytes | str, what: str) -> Any:
+    """A body or a frame as JSON. Raises BadRequest."""
     try:
-        orjson.dumps(value)  # it goes on to a model, or into a digest; deeper nesting reads only
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the {what} is not JSON: {error}", param=what) from None
+    try:
+        # It goes on to a model or into a room, in objects around it; deeper nesting reads only.
+        orjson.dumps([[[value]]])
     except orjson.JSONEncodeError:
-        raise BadRequest("the body is nested too deeply", param="body") from None
+        raise BadRequest(f"the {what} is nested too deeply", param=what) from None
     return value
 
 
-async def read_object(request: web.Request) -> JSON:
-    """The body as a JSON object. Raises BadRequest."""
-    body = await read_json(request)
+async def read_object(request: web.Request, most: int = 0) -> JSON:
+    """The body as a JSON object; see `read_json`."""
+    body = await read_json(request, most)
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object", param="body")
     return body
@@ -59,6 +72,9 @@ async def read_fields(request: web.Request) -> JSON:
     if body.get("model") is None and "model" in request.query:
         body["model"] = request.query["model"]
     return body
+
+
+_IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 
 
 class Fields:
@@ -157,6 +173,14 @@ class Fields:
 def last_event_id(request: web.Request) -> str | None:
     """The position that this request resumes from, as it was sent; None on a first request."""
     return request.headers.get("Last-Event-ID") or request.query.get("last_event_id") or None
+
+
+def idempotency_key(request: web.Request) -> str:
+    """The request's `Idempotency-Key`; "" where it has none. Raises InvalidField."""
+    given = request.headers.get("Idempotency-Key")
+    if given is not None and not _IDEMPOTENCY_KEY.fullmatch(given):
+        raise InvalidField("Idempotency-Key", "must be 1 to 255 visible ASCII characters")
+    return given or ""
 
 
 MEDIA_TYPES = {

@@ -3,8 +3,9 @@
 Floors, lowest first; a module imports only from lower floors (tests/test_floors.py holds it so):
 
     0  config errors
-    1  clock events markup models
+    1  clock events markup models publisher
     2  decoder demo dialects log
-    3  encoders rooms upstream writer
+    3  encoders frames rooms upstream writer
     4  delivery generations
+    5  channels presence responses sockets
 """

@@ -116,6 +116,7 @@ class Delivery:
         20.0, 0.001, 3600, "Seconds a client may stall before it is cut."
     )
     high_water: int = _number(65536, 1, 2**30, "Unsent bytes that make a client catch up alone.")
+    compression: bool = _key(False, "Of WebSocket frames, once for all who read a room.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +128,7 @@ class Rooms:
     bytes: int = _number(4194304, 1, 2**34, "Bytes of events a room keeps.")
     age: float = _number(86400.0, 0.001, 10**9, "Seconds a room keeps an event.")
     idle: float = _number(3600.0, 0.001, 10**9, "Seconds after which an unused room is forgotten.")
+    grace: float = _number(2.0, 0, 3600, "Seconds that a reload has before others see it leave.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,11 @@ class Limits:
     body_bytes: int = _number(8388608, 1, 2**30, "Bytes of the body.")
     prompt_chars: int = _number(200000, 1, 2**30, "Characters of prompt or messages together.")
     messages: int = _number(1000, 1, 10**6, "Messages.")
+    frame_bytes: int = _number(
+        262144, 1, 2**30, "Bytes of a WebSocket frame; more closes with 1009."
+    )
+    echo_bytes: int = _number(33554432, 1, 2**30, "The same for /echo.")
+    streams_per_user: int = _number(5, 1, 10**6, "Channel streams that a user may have open.")
 
 
 @dataclass(frozen=True, slots=True)

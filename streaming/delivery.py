@@ -1,9 +1,9 @@
 """Delivery: cursor -> encoder -> socket.
 
-A connection is a `Sink`. While it is live its cursor stands at the top of its log, in the log's
-`Feed`: what is appended in one turn of the loop is encoded once for each kind of reader and
-written straight to every transport. A transport whose buffer passes the high-water mark puts its
-sink out of the feed; the sink's own coroutine then waits for the socket, reads from the log at its
+A connection is a `Sink` with cursors. While it is live its cursors stand at the top of what they
+read, in a `Feed` each: what is appended in one turn of the loop is encoded once for each kind of
+reader and written straight to every transport. A transport whose buffer passes the high-water mark
+puts its sink out of the feeds; the sink then waits for its socket, reads from its cursors at its
 own pace, and rejoins. So one stalled reader adds nothing to the others and holds no more than one
 read.
 """
@@ -13,30 +13,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import random
 import socket
-import struct
 import sys
 import termios
 from collections import OrderedDict
-from collections.abc import Coroutine, Mapping
-from http import HTTPStatus
-from typing import Any
+from collections.abc import Coroutine, Hashable
+from typing import Any, Protocol
 
-from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp_sse import EventSourceResponse
+from aiohttp.web_protocol import RequestHandler
 
 from streaming.config import Delivery as DeliveryConfig
-from streaming.encoders import TEXT, Encoder
-from streaming.log import Cursor, Log, now_ms
+from streaming.encoders import Encoder
+from streaming.events import Event
+from streaming.log import FellBehind, Log, now_ms
 
 READ_LIMIT = 256 * 1024  # bytes of text in one read of a sink that catches up: its share of memory
-STREAM_HEADERS = {
-    "Cache-Control": "no-cache, no-transform",
-    "X-Accel-Buffering": "no",
-    "X-Content-Type-Options": "nosniff",
-}
+DEAD = 120.0  # seconds until a machine that acknowledges nothing is given up by the kernel
 OUTQ = termios.TIOCOUTQ  # also called SIOCOUTQ
 
 
@@ -48,111 +41,170 @@ class Draining(Exception):
     """The server is going away, and this stream with it."""
 
 
-class Delivery:
-    """What all sinks share: the feeds, the heartbeats, the end.
+class Place(Protocol):
+    """A place in something that can be followed: a log, or a room with what runs in it."""
 
-    heartbeat: seconds of silence after which a stream gets one.
+    @property
+    def source(self) -> Hashable: ...
+    @property
+    def logs(self) -> list[Log]: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def ended(self) -> bool: ...
+    @property
+    def behind(self) -> bool: ...
+    def copy(self) -> Place: ...
+    def read(self, *, merge: bool = True, limit: int = 1 << 62) -> list[Event]: ...
+    def rejoined(self) -> list[Event]: ...
+
+
+class Wheel:
+    """One timer for many things: calls `beat` of each that has not been touched for a period.
+
+    They stand in the order of their last touch, so a turn looks only at those that are due.
     """
+
+    def __init__(self, period: float) -> None:
+        self._period = period
+        self._touched: OrderedDict[Beating, float] = OrderedDict()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def touch(self, item: Beating) -> None:
+        """Puts `item` at the end; new ones too."""
+        loop = asyncio.get_running_loop()
+        self._touched[item] = loop.time()
+        self._touched.move_to_end(item)
+        if self._timer is None:
+            self._timer = loop.call_later(self._period, self._turn)
+
+    def drop(self, item: Beating) -> None:
+        """Takes `item` off."""
+        self._touched.pop(item, None)
+
+    def stop(self) -> None:
+        """No beat comes after this."""
+        self._touched.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _turn(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        due = loop.time() - self._period
+        while self._touched:
+            item, last = next(iter(self._touched.items()))
+            if last > due:
+                self._timer = loop.call_at(last + self._period, self._turn)
+                break
+            self.touch(item)
+            item.beat()
+
+
+class Beating(Protocol):
+    """What a Wheel turns."""
+
+    def beat(self) -> None: ...
+
+
+class Delivery:
+    """What all sinks share: the feeds, the heartbeats, the end."""
 
     def __init__(self, config: DeliveryConfig) -> None:
         self.config = config
+        self.silence = Wheel(config.heartbeat)  # of feeds, touched when they write
+        self.pings = Wheel(config.heartbeat / 2)  # of sockets
         self._sinks: set[Sink] = set()
         self._idle = asyncio.Event()  # no sink is there
-        self._feeds: dict[Log, Feed] = {}
-        self._silent: OrderedDict[Feed, float] = OrderedDict()  # by the time of the last write
-        self._timer: asyncio.TimerHandle | None = None
+        self._feeds: dict[Hashable, Feed] = {}
 
     def enter(self, sink: Sink) -> None:
-        """A sink begins to follow."""
+        """A connection begins."""
         self._sinks.add(sink)
         self._idle.clear()
 
     def leave(self, sink: Sink) -> None:
-        """A sink follows no more."""
+        """A connection is over."""
         self._sinks.discard(sink)
         if not self._sinks:
             self._idle.set()
 
-    def feed(self, log: Log) -> Feed:
-        """The feed of this log, made where there is none."""
-        feed = self._feeds.get(log)
+    def feed(self, cursor: Place) -> Feed:
+        """The feed of what this cursor reads; a new one stands where the cursor does."""
+        feed = self._feeds.get(cursor.source)
         if feed is None:
-            feed = self._feeds[log] = Feed(self, log)
-            self.written(feed)
+            feed = self._feeds[cursor.source] = Feed(self, cursor.copy())
+            self.silence.touch(feed)
         return feed
 
     def forget(self, feed: Feed) -> None:
         """A feed that has no sink left goes."""
-        del self._feeds[feed.log], self._silent[feed]
-        feed.log.listener = None
+        del self._feeds[feed.cursor.source]
+        self.silence.drop(feed)
+        feed.listen([])
 
-    def written(self, feed: Feed) -> None:
-        """Something has just gone out to this feed's sinks."""
-        loop = asyncio.get_running_loop()
-        self._silent[feed] = loop.time()
-        self._silent.move_to_end(feed)
-        if self._timer is None:
-            self._timer = loop.call_later(self.config.heartbeat, self._beat)
+    def broadcast(self, source: Hashable, event: Event) -> None:
+        """Writes an ephemeral event to whoever is live now."""
+        feed = self._feeds.get(source)
+        if feed is not None:
+            feed.broadcast(event)
 
-    def _beat(self) -> None:
-        # One timer for all: the feeds stand in the order of their last write.
-        loop = asyncio.get_running_loop()
-        self._timer = None
-        due = loop.time() - self.config.heartbeat
-        while self._silent:
-            feed, last = next(iter(self._silent.items()))
-            if last > due:
-                self._timer = loop.call_at(last + self.config.heartbeat, self._beat)
-                break
-            self.written(feed)
-            feed.beat()
+    async def drain(self, window: float) -> None:
+        """Ends the connections that do not wait for an end, spread over `window` seconds."""
+        leaving = [task for sink in list(self._sinks) if (task := sink.leaving(window))]
+        if leaving:
+            await asyncio.wait(leaving, timeout=window)
 
     async def close(self, retry: float, patience: float) -> None:
-        """Cuts every stream that is not at its end, so that its client comes back after up to
+        """Cuts every connection that is not at its end, so that its client comes back after up to
         `retry` seconds, and waits until all are gone, for `patience` seconds at most.
         """
-        if not self._sinks:
-            self._idle.set()
         for sink in list(self._sinks):
-            if not sink.cursor.log.closed:  # else its end is on the way
-                sink.say_retry(random.uniform(0, retry))
-                sink.wake(Draining())
-        try:
-            async with asyncio.timeout(patience):
-                await self._idle.wait()
-        except TimeoutError:
-            pass
-        if self._timer is not None:
-            self._timer.cancel()
+            sink.drain(retry)
+        if self._sinks:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await self._idle.wait()
+        self.silence.stop()
+        self.pings.stop()
 
 
 class Feed:
-    """The live sinks of one log, in groups that get the same bytes."""
+    """The live sinks of one source, in groups that get the same bytes."""
 
-    def __init__(self, delivery: Delivery, log: Log) -> None:
-        self.log = log
-        self.offset = log.top  # what has been written to every live sink
+    def __init__(self, delivery: Delivery, cursor: Place) -> None:
+        self.cursor = cursor  # what has been written to every live sink
         self._delivery = delivery
         self._groups: dict[tuple[Encoder, bool], set[Sink]] = {}
         self._scheduled = False
-        log.listener = self._appended
+        self._logs: list[Log] = []
+        self.listen(cursor.logs)
+
+    def listen(self, logs: list[Log]) -> None:
+        """Waits for the next event of these logs, and of no other."""
+        for log in self._logs:
+            if log not in logs:
+                log.listeners.remove(self._appended)
+        for log in logs:
+            if log not in self._logs:
+                log.listeners.append(self._appended)
+        self._logs = logs
 
     def add(self, sink: Sink) -> None:
-        """Makes a sink live; its cursor must stand where this feed does."""
-        assert sink.cursor.offset == self.offset
+        """Makes a sink live; its cursor must stand where this feed's does."""
         self._groups.setdefault((sink.encoder, sink.chunked), set()).add(sink)
 
-    def remove(self, sink: Sink) -> None:
-        """Puts a sink out, its cursor behind what it was written. Does nothing for one not in."""
+    def remove(self, sink: Sink) -> bool:
+        """Puts a sink out; whether it was in."""
         group = self._groups.get((sink.encoder, sink.chunked))
         if group is None or sink not in group:
-            return
+            return False
         group.remove(sink)
-        sink.cursor.offset = self.offset
         if not group:
             del self._groups[sink.encoder, sink.chunked]
             if not self._groups:
                 self._delivery.forget(self)
+        return True
 
     def _appended(self) -> None:
         # What comes in one turn of the loop goes out in one write.
@@ -161,39 +213,56 @@ class Feed:
             asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self) -> None:
-        """Writes what is new to every live sink. At the log's end lets them go: each ends its own
-        body, with the last events in the same write.
+        """Writes what is new to every live sink. At the end of the source lets them go: each reads
+        the last events itself, to end its body with them; and where one turn brought more than the
+        source keeps, each learns that it fell behind.
         """
         self._scheduled = False
-        log = self.log
-        if not self._groups:
+        if not self._groups or not (self.cursor.behind or self.cursor.closed):
             return
+        start = self.cursor.copy()
+        try:
+            events = [] if self.cursor.closed else self.cursor.read()
+        except FellBehind:
+            events = []
+        if not events:
+            self._put_out([sink for sinks in self._groups.values() for sink in sinks])
+            return
+        self.listen(self.cursor.logs)
         lagging: list[Sink] = []
-        if log.closed:
-            lagging = [sink for sinks in self._groups.values() for sink in sinks]
-        elif self.offset < log.top:
-            start, self.offset = self.offset, log.top
-            for (encoder, chunked), sinks in self._groups.items():
-                data = encoder.encode(log.read(start, merge=encoder.dialect.merge))
-                if data:
-                    _write_all(sinks, chunk(data) if chunked else data, lagging)
-            self._delivery.written(self)
-        for sink in lagging:
-            self.remove(sink)
-            sink.wake()
+        for (encoder, chunked), sinks in self._groups.items():
+            if not encoder.dialect.merge:
+                events = start.copy().read(merge=False)
+            _write_all(sinks, encoder.encode(events), chunked, lagging)
+        self._delivery.silence.touch(self)
+        self._put_out(lagging)
+
+    def broadcast(self, event: Event) -> None:
+        """Writes an ephemeral event to every live sink, after what is there already."""
+        self.flush()
+        lagging: list[Sink] = []
+        for (encoder, chunked), sinks in self._groups.items():
+            _write_all(sinks, encoder.encode([event]), chunked, lagging)
+        self._put_out(lagging)
 
     def beat(self) -> None:
         """Writes a heartbeat to every live sink."""
         lagging: list[Sink] = []
         for (encoder, chunked), sinks in self._groups.items():
-            if data := encoder.heartbeat(now_ms()):
-                _write_all(sinks, chunk(data) if chunked else data, lagging)
-        for sink in lagging:
-            self.remove(sink)
-            sink.wake()
+            _write_all(sinks, encoder.heartbeat(now_ms()), chunked, lagging)
+        self._put_out(lagging)
+
+    def _put_out(self, sinks: list[Sink]) -> None:
+        for sink in sinks:
+            sink.leave()
+            sink.lag()
 
 
-def _write_all(sinks: set[Sink], data: bytes, lagging: list[Sink]) -> None:
+def _write_all(sinks: set[Sink], data: bytes, chunked: bool, lagging: list[Sink]) -> None:
+    if not data:
+        return
+    if chunked:
+        data = chunk(data)
     for sink in sinks:
         transport = sink.transport
         if not transport.is_closing():  # closing: its coroutine is about to be cancelled
@@ -208,111 +277,87 @@ def chunk(data: bytes) -> bytes:
 
 
 class Sink:
-    """One streaming response: transport, encoder, cursor. Made by `open_stream`."""
+    """A connection that follows what its cursors read, in one encoding.
+
+    It is live (in the feeds) or catching up. chunked: its bytes go out in HTTP/1.1's chunks.
+    """
 
     def __init__(
         self,
         delivery: Delivery,
-        request: web.Request,
-        response: web.StreamResponse,
+        transport: asyncio.Transport,
+        protocol: RequestHandler,
         writer: AbstractStreamWriter,
         encoder: Encoder,
-        cursor: Cursor,
+        chunked: bool,
     ) -> None:
-        assert request.transport is not None
-        self.response = response
+        self.cursors: dict[Hashable, Place] = {}
+        self.delivery = delivery
+        self.transport = transport
+        self.protocol = protocol
+        self.writer = writer
         self.encoder = encoder
-        self.cursor = cursor
-        self.transport = request.transport
-        self.protocol = request.protocol
-        # On HTTP/1.0 the end of the body is the end of the connection.
-        self.chunked = request.version >= HttpVersion11
-        self._delivery = delivery
-        self._writer = writer
-        self._opening = encoder.opening  # goes out with the first bytes
-        self._parked: asyncio.Future[None] | None = None
-        self._woken: Exception | None = None
+        self.chunked = chunked
+        self.live = False
+        transport.set_write_buffer_limits(high=delivery.config.high_water)
+        raw = transport.get_extra_info("socket")
+        if raw is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+            seconds = max(DEAD, delivery.config.write_timeout)
+            with contextlib.suppress(OSError):  # a socket of another kind
+                raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * seconds))
 
     def write(self, data: bytes) -> None:
         """Hands bytes to the transport. Empty bytes, and a closing transport, are passed over."""
-        data, self._opening = self._opening + data, b""
         if data and not self.transport.is_closing():
             self.transport.write(chunk(data) if self.chunked else data)
 
-    async def follow(self) -> bytes:
-        """Delivers everything from the cursor to the end of the log, live once it has caught up.
+    def read(self) -> bytes:
+        """One bounded read of every cursor, encoded. Raises FellBehind."""
+        merge = self.encoder.dialect.merge
+        return b"".join(
+            self.encoder.encode(cursor.read(merge=merge, limit=READ_LIMIT))
+            for cursor in list(self.cursors.values())
+        )
 
-        Returns the last bytes, which are the caller's to end the body with. Raises TooSlow,
-        FellBehind where the log was trimmed past it, Draining. When it returns or raises, or is
-        cancelled, the sink is in no feed and nothing is written to it any more.
+    @property
+    def behind(self) -> bool:
+        """Whether something is there that it has not read."""
+        return any(cursor.behind for cursor in self.cursors.values())
+
+    def join(self) -> None:
+        """Makes it live. All its cursors must be at the top."""
+        for cursor in self.cursors.values():
+            feed = self.delivery.feed(cursor)
+            if feed.cursor.behind:
+                # The feed's own flush is about to come: with it they stand at the same place. It
+                # may put out the last sink of the feed, and the feed with it.
+                feed.flush()
+                feed = self.delivery.feed(cursor)
+            feed.add(self)
+        self.live = True
+
+    def leave(self) -> None:
+        """Ends the live state: its cursors stand behind what was written to it."""
+        if self.live:
+            self.live = False
+            for source, cursor in list(self.cursors.items()):
+                feed = self.delivery.feed(cursor)
+                if feed.remove(self):
+                    self.cursors[source] = feed.cursor.copy()
+
+    def lag(self) -> None:
+        """It has been put out of its feeds: it has to catch up, or the source has ended."""
+        raise NotImplementedError
+
+    def drain(self, spread: float) -> None:
+        """The server is going away: ends, so that its client comes back within `spread` seconds."""
+        raise NotImplementedError
+
+    def leaving(self, window: float) -> asyncio.Task[None] | None:
+        """The server goes away in `window` seconds. A connection that does not wait for an end ends
+        at some time before that, in this task.
         """
-        self._delivery.enter(self)
-        try:
-            while True:
-                if self._woken is not None:
-                    raise self._woken
-                merge = self.encoder.dialect.merge
-                events = self.cursor.read(merge=merge, limit=READ_LIMIT)
-                data = self.encoder.encode(events)
-                if self.cursor.ended:
-                    return data
-                self.write(data)
-                live = not events
-                del events, data  # up to 256 KiB each, while it waits
-                if not live:
-                    await self.drained()
-                    if self.cursor.offset < self.cursor.log.top:
-                        await asyncio.sleep(0)  # a long way to catch up: others get their turn
-                else:
-                    await self._live()
-        finally:
-            self._delivery.leave(self)
-
-    async def _live(self) -> None:
-        feed = self._delivery.feed(self.cursor.log)
-        if feed.offset != self.cursor.offset:
-            # The feed's own flush is about to come: with it they stand at the same place. It may
-            # put out the last sink of the feed, and the feed with it.
-            feed.flush()
-            feed = self._delivery.feed(self.cursor.log)
-        self._parked = asyncio.get_running_loop().create_future()
-        feed.add(self)
-        try:
-            await self._parked
-        finally:
-            self._parked = None
-            feed.remove(self)
-        await self.drained()
-
-    async def end(self, data: bytes) -> None:
-        """Ends the body with these bytes, in one write. Raises as `drained`."""
-        data, self._opening = self._opening + data, b""
-        held = self.transport.get_write_buffer_size() + len(data)
-        if held < self._delivery.config.high_water:
-            await self.response.write_eof(data)  # does not wait
-        else:
-            await self._taken(self.response.write_eof(data))
-        if self.transport.get_write_buffer_size():  # the rest too: nobody waits for it later
-            self.transport.set_write_buffer_limits(high=0)
-            await self.drained()
-        if not self.chunked:
-            _reset_on_close(self.transport, False)
-
-    async def cut(self, data: bytes = b"") -> None:
-        """Ends the connection after these bytes so that the body does not look whole: no last
-        chunk, and where HTTP/1.0 has no chunks, a reset. What was written goes out first.
-        """
-        self.write(data)
-        self.transport.set_write_buffer_limits(high=0)
-        await self.drained()
-        self.transport.abort()
-
-    def wake(self, error: Exception | None = None) -> None:
-        """Ends the live state; with an error, ends `follow` with it."""
-        if error is not None:
-            self._woken = error
-        if self._parked is not None and not self._parked.done():
-            self._parked.set_result(None)
+        return None
 
     async def drained(self) -> None:
         """Waits until the socket has taken enough of what was written.
@@ -321,9 +366,9 @@ class Sink:
         it is gone.
         """
         while self.protocol.writing_paused:
-            await self._taken(self._writer.drain())
+            await self.taken(self.writer.drain())
 
-    async def _taken(self, writing: Coroutine[Any, Any, None]) -> None:
+    async def taken(self, writing: Coroutine[Any, Any, None]) -> None:
         """Waits for a write of aiohttp's to end, as long as the client takes anything.
 
         In a task: `asyncio.timeout` would cancel a future that aiohttp's next write waits for too.
@@ -331,7 +376,7 @@ class Sink:
         task = asyncio.ensure_future(writing)
         try:
             untaken = self._untaken()
-            while not (await asyncio.wait([task], timeout=self._delivery.config.write_timeout))[0]:
+            while not (await asyncio.wait([task], timeout=self.delivery.config.write_timeout))[0]:
                 before, untaken = untaken, self._untaken()
                 if untaken >= before:
                     raise TooSlow
@@ -350,49 +395,3 @@ class Sink:
             with contextlib.suppress(OSError, ValueError):
                 untaken += int.from_bytes(fcntl.ioctl(raw.fileno(), OUTQ, bytes(4)), sys.byteorder)
         return untaken
-
-    def say_retry(self, seconds: float) -> None:
-        """Tells an EventSource when to come back (HTML standard, 9.2.6: `retry:`)."""
-        if self.encoder.framing.comments:
-            self.write(b"retry: %d\n\n" % (seconds * 1000))
-
-
-async def open_stream(
-    delivery: Delivery,
-    request: web.Request,
-    encoder: Encoder,
-    cursor: Cursor,
-    headers: Mapping[str, str],
-) -> Sink:
-    """Sends status and headers of a streaming answer. Raises ConnectionError."""
-    response: web.StreamResponse
-    if encoder.framing.comments:
-        # For its headers and its TCP_USER_TIMEOUT; what is sent goes past it.
-        response = EventSourceResponse(allow_all_methods=True, headers=headers)
-    else:
-        response = web.StreamResponse(status=HTTPStatus.OK, headers=headers)
-        response.content_type = encoder.framing.media_type
-        if encoder.framing is TEXT:
-            response.charset = "utf-8"
-    response.headers.update(STREAM_HEADERS)
-    if request.version < HttpVersion11 or not request.keep_alive:
-        response.force_close()
-        response.headers["Connection"] = "close"  # aiohttp-sse says keep-alive to everybody
-    writer = await response.prepare(request)
-    if isinstance(response, EventSourceResponse):
-        response.stop_streaming()  # its ping task: heartbeats here come from one timer for all
-    assert writer is not None and request.transport is not None
-    request.transport.set_write_buffer_limits(high=delivery.config.high_water)
-    if request.version < HttpVersion11:
-        _reset_on_close(request.transport, True)
-    return Sink(delivery, request, response, writer, encoder, cursor)
-
-
-def _reset_on_close(transport: asyncio.Transport, on: bool) -> None:
-    """HTTP/1.0 ends a body by closing. Until a body has ended, closing is therefore a reset,
-    whoever closes (a stop, a timeout, the kernel after a crash): no cut answer looks whole.
-    """
-    raw = transport.get_extra_info("socket")
-    if raw is not None:
-        with contextlib.suppress(OSError):  # it is closed already
-            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", on, 0))

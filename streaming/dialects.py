@@ -241,18 +241,19 @@ class Dialect:
     """One vocabulary and the habits of its clients.
 
     ids: where SSE says the position: before the data in the event's block, in a block of its own
-    after it, or nowhere. merge: adjacent deltas may go out as one. holds: the status waits for the
-    first upstream delta or failure. cuts: after a failure the connection is cut, not ended.
-    named: SSE repeats the type as `event:`. done: `[DONE]` is said at the end.
+    after it, before the data where the object has an id of its own, or nowhere. merge: adjacent
+    deltas may go out as one. holds: the status waits for the first upstream delta or failure. cuts:
+    after a failure the connection is cut, not ended.
+    named: SSE says as `event:` the object's type, or the event's. done: `[DONE]` ends it.
     """
 
     name: str
     say: Callable[[Event], list[JSON] | None]
-    ids: Literal["before", "after", "none"]
+    ids: Literal["before", "after", "own", "none"]
     merge: bool = True
     holds: bool = False
     cuts: bool = False
-    named: bool = False
+    named: Literal["", "object", "event"] = ""
     done: bool = True
 
 
@@ -260,7 +261,7 @@ CONTENT = Dialect("content", _content, ids="after")
 CONTENT_WITHOUT_DONE = Dialect("content", _content, ids="after", done=False)
 CHAT = Dialect("chat", _chat, ids="before")
 TOOL = Dialect("tool", _tool, ids="before")
-NATIVE = Dialect("native", _native, ids="before", named=True)
+NATIVE = Dialect("native", _native, ids="before", named="object")
 OPENAI = Dialect("openai", without_usage, ids="none", holds=True, cuts=True)
 OPENAI_WITH_USAGE = Dialect("openai", _openai, ids="none", holds=True, cuts=True)
 

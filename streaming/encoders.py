@@ -6,6 +6,7 @@ is the bare answer. An `Encoder` is one dialect in one framing; the table is at 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,12 +26,14 @@ def _sse(dialect: Dialect, events: Iterable[Event]) -> bytes:
             continue
         id = f"id: {event.id}\n".encode() if dialect.ids != "none" else b""
         before = id if dialect.ids == "before" else b""
-        if dialect.named:
-            before += b"event: %b\n" % event.type.encode()
         for item in objects:
             if item is not DONE:
                 if dialect.named:
-                    item["id"] = str(event.id)
+                    if dialect.ids == "before":
+                        item["id"] = str(event.id)
+                    named = item["type"] if dialect.named == "object" else event.type
+                    before = b"event: %b\n" % named.encode()
+                    before = id + before if "id" in item and dialect.ids != "none" else before
                 out += (before, b"data: ", orjson.dumps(item), b"\n\n")
             elif dialect.done:
                 out.append(b"data: [DONE]\n\n")
@@ -45,10 +48,41 @@ def _ndjson(dialect: Dialect, events: Iterable[Event]) -> bytes:
         for item in dialect.say(event) or ():
             if item is DONE:
                 continue
-            if dialect.ids != "none":
+            if dialect.ids in ("before", "after"):
                 item["id"] = str(event.id)
             out += (orjson.dumps(item), b"\n")
     return b"".join(out)
+
+
+def text_frame(payload: bytes, first: bytes = b"\x81") -> bytes:
+    """One unmasked, unfragmented WebSocket text frame (RFC 6455, section 5.2)."""
+    size = len(payload)
+    if size < 126:
+        return b"%b%c%b" % (first, size, payload)
+    if size < 65536:
+        return first + b"\x7e" + size.to_bytes(2) + payload
+    return first + b"\x7f" + size.to_bytes(8) + payload
+
+
+def deflated_frame(payload: bytes) -> bytes:
+    """The same, compressed where that makes it shorter (RFC 7692). No message refers to one before
+    it, so that one frame serves every connection, whatever was sent on it.
+    """
+    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    deflated = deflate.compress(payload) + deflate.flush(zlib.Z_SYNC_FLUSH)[:-4]
+    if len(deflated) >= len(payload):
+        return text_frame(payload)
+    return text_frame(deflated, b"\xc1")
+
+
+def _websocket(dialect: Dialect, events: Iterable[Event]) -> bytes:
+    items = (item for event in events for item in dialect.say(event) or ())
+    return b"".join([text_frame(orjson.dumps(item)) for item in items])
+
+
+def _deflated(dialect: Dialect, events: Iterable[Event]) -> bytes:
+    items = (item for event in events for item in dialect.say(event) or ())
+    return b"".join([deflated_frame(orjson.dumps(item)) for item in items])
 
 
 def _ndjson_braces(dialect: Dialect, events: Iterable[Event]) -> bytes:
@@ -82,6 +116,9 @@ SSE = Framing("sse", "text/event-stream", _sse, comments=True)
 NDJSON = Framing("ndjson", "application/x-ndjson", _ndjson)
 NDJSON_BRACES = Framing("ndjson", "application/x-ndjson", _ndjson_braces)
 TEXT = Framing("text", "text/plain", _text, cuts=True)
+
+WEBSOCKET = Framing("websocket", "", _websocket)
+DEFLATED = Framing("websocket-deflated", "", _deflated)
 
 FRAMINGS = {f.name: f for f in (SSE, NDJSON, TEXT)}
 

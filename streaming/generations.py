@@ -90,6 +90,7 @@ class Generation:
             {
                 "stream_id": self.id,
                 "conversation_id": ask.conversation_id,
+                "room": ask.room.name if ask.room is not None else "",
                 "model": ask.call.model or models.default_name,
                 "created": now_ms(),
             },
@@ -120,7 +121,9 @@ class Generation:
                 said = {"user_id": self.owner, "content": self.ask.said}
                 self.ask.room.append("message", said)
             started = {"stream_id": self.id, "user_id": self.owner, "model": origin["model"]}
-            self.ask.room.append("started", started)
+            self.ask.room.append("started", started, self.log)
+            if not self._readers:
+                self._unread(self._linger)
         self._task = asyncio.create_task(self._run())
 
     @contextmanager
@@ -135,8 +138,22 @@ class Generation:
         finally:
             self._readers -= 1
             if not self._readers and self.ending is None:
-                loop = asyncio.get_running_loop()
-                self._abandon = loop.call_later(self._linger, self._cancel, "abandoned")
+                self._unread(self._linger)
+
+    def _unread(self, wait: float) -> None:
+        """Nobody reads it directly any more; when time is up, who follows its room counts, or did
+        so not long ago.
+        """
+        self._abandon = asyncio.get_running_loop().call_later(wait, self._abandoned)
+
+    def _abandoned(self) -> None:
+        room = self.ask.room
+        if room is not None and any(room.people.values()):
+            self._unread(self._linger)
+        elif room is not None and (left := room.left + self._linger - time.monotonic()) > 0:
+            self._unread(left)
+        else:
+            self._cancel("abandoned")
 
     def stop(self) -> None:
         """Ends it as `cancelled` and closes the upstream's connection; after the end, nothing."""
@@ -158,6 +175,11 @@ class Generation:
             "started": timestamp(origin["created"]),
             "finished": timestamp(ending.time) if ending is not None else None,
         }
+
+    def known_to(self, user: str) -> bool:
+        """Whether this person may read and stop it: its owner, and in a shared room everybody."""
+        room = self.ask.room.name if self.ask.room is not None else "conv:"
+        return user == self.owner or not room.startswith(("conv:", "user:"))
 
     @property
     def spoke(self) -> bool:
@@ -353,7 +375,7 @@ class Generations:
         """The generation of this id, if this person may know of it."""
         self._sweep()
         generation = self._held.get(stream_id)
-        return generation if generation is not None and generation.owner == owner else None
+        return generation if generation is not None and generation.known_to(owner) else None
 
     def _ended(self, generation: Generation) -> None:
         assert generation.ending is not None

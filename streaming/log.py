@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import orjson
@@ -62,7 +62,7 @@ class Log:
 
     __slots__ = (
         "_bytes", "_items", "_max_age", "_max_bytes", "_max_events", "_sizes", "_start", "_starts",
-        "closed", "epoch", "listener", "origin", "tail", "top",
+        "closed", "epoch", "listeners", "origin", "tail", "top",
     )  # fmt: skip
 
     def __init__(
@@ -80,7 +80,7 @@ class Log:
         self.tail = start
         self.top = start
         self.closed = False
-        self.listener: Callable[[], None] | None = None  # told after each append
+        self.listeners: list[Callable[[], None]] = []  # told after each append
         self._items: list[Event | Run] = []
         self._starts: list[int] = []  # offset of the first event of each item
         self._sizes: list[int] = []  # of each item, where the log is bounded
@@ -113,8 +113,8 @@ class Log:
         if self._max_events or self._max_bytes or self._max_age:
             self._sizes.append(size)
             self.trim()
-        if self.listener is not None:
-            self.listener()
+        for listener in self.listeners:
+            listener()
         return event
 
     def extend(self, head: Mapping[str, Any], text: str) -> None:
@@ -133,14 +133,14 @@ class Log:
         run.ends.append(len(run.text))
         run.times.append(max(0, now_ms() - self._start))  # a clock may be set back
         self._bytes += len(encoded)
-        if self.listener is not None:
-            self.listener()
+        for listener in self.listeners:
+            listener()
 
     def close(self) -> None:
         """No event comes after this: whoever has read to the top is at the end."""
         self.closed = True
-        if self.listener is not None:
-            self.listener()
+        for listener in self.listeners:
+            listener()
 
     def read(self, after: int, *, merge: bool = True, limit: int = 1 << 62) -> list[Event]:
         """The events after offset `after`, in order, adjacent deltas merged unless merge is off:
@@ -153,14 +153,16 @@ class Log:
         events: list[Event] = []
         if after >= self.top:
             return events
-        index = bisect_right(self._starts, after + 1) - 1
-        for item in self._items[index:]:
+        first = bisect_right(self._starts, after + 1) - 1
+        for index in range(first, len(self._items)):
+            item = self._items[index]
             if isinstance(item, Run):
                 after, limit = self._read_run(item, after, merge, limit, events)
             else:
                 events.append(item)
                 after += 1
-                limit -= 256  # about what its JSON takes: a bound on work, not a count
+                limit -= 256  # about what its JSON takes beside its data: a bound on work too
+                limit -= self._sizes[index] if self._sizes else 0
             if limit <= 0:
                 break
         return events
@@ -240,9 +242,37 @@ class Cursor:
         self.offset = offset
 
     @property
+    def source(self) -> Hashable:
+        """What all cursors on the same thing share."""
+        return self.log
+
+    @property
+    def logs(self) -> list[Log]:
+        """The logs whose next event this cursor waits for."""
+        return [self.log]
+
+    @property
+    def closed(self) -> bool:
+        """Whether no event comes any more."""
+        return self.log.closed
+
+    @property
     def ended(self) -> bool:
         """Whether the log is closed and read to its end."""
         return self.log.closed and self.offset >= self.log.top
+
+    @property
+    def behind(self) -> bool:
+        """Whether something is there to be read."""
+        return self.offset < self.log.top
+
+    def copy(self) -> Cursor:
+        """Another cursor at the same place."""
+        return Cursor(self.log, self.offset)
+
+    def rejoined(self) -> list[Event]:
+        """What a reader that has caught up must be told besides: nothing."""
+        return []
 
     def read(self, *, merge: bool = True, limit: int = 1 << 62) -> list[Event]:
         """As Log.read, and moves past what it returns. Raises FellBehind."""

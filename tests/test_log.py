@@ -286,11 +286,11 @@ def test_a_delta_that_utf8_cannot_say_changes_nothing() -> None:
     assert check(log.read(0), model, 0, True) == log.top == 2
 
 
-def test_the_listener_is_told_after_each_change() -> None:
-    """When it is called the event can be read, and after the last call the log is closed."""
+def test_listeners_are_told_after_each_change() -> None:
+    """When they are called the event can be read, and after the last call the log is closed."""
     log = Log({})
     seen: list[tuple[int, int, bool]] = []
-    log.listener = lambda: seen.append((log.top, len(log.read(0, merge=False)), log.closed))
+    log.listeners.append(lambda: seen.append((log.top, len(log.read(0, merge=False)), log.closed)))
     log.append("started", {})
     log.extend(HEADS[0], "a")
     log.extend(HEADS[0], "b")

@@ -1,4 +1,7 @@
-"""Rooms: projections next to a log, and the registry that forgets what nobody uses."""
+"""Rooms: projections next to a log, and the registry that forgets what nobody uses.
+
+What followers make of a room's events is in tests/test_room_cursor.py.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streaming import config
-from streaming.errors import Unavailable
+from streaming.errors import InvalidField, NotFound, Unavailable
+from streaming.log import Log
 from streaming.rooms import Room, Rooms
 from tests.properties import property_test
 
@@ -20,6 +24,7 @@ ENDINGS = ("finished", "failed", "cancelled")
 room_events = st.lists(
     st.one_of(
         st.text().map(lambda text: ("message", {"user_id": "u", "content": text})),
+        st.text().map(lambda text: ("custom", {"user_id": "u", "content": text})),
         IDS.map(lambda id: ("started", {"stream_id": id, "user_id": "u", "model": "m"})),
         st.tuples(
             st.sampled_from(ENDINGS),
@@ -35,30 +40,35 @@ def room(name: str = "r", messages: int = 100, **bounds: Any) -> Room:
 
 
 def told(each: Room, events: Sequence[Said]) -> Room:
+    """The room after these events; each start comes with a log of its own."""
     for type, data in events:
-        each.append(type, data)
+        each.append(type, data, Log(data) if type == "started" else None)
     return each
 
 
-def state(each: Room) -> tuple[list[Any], dict[str, Any]]:
-    return list(each.messages), dict(each.running)
+def state(each: Room) -> tuple[list[Said], dict[str, Any]]:
+    """The projections: what was said, and the start of each generation that runs."""
+    messages = [(event.type, dict(event.data)) for event in each.messages]
+    return messages, {id: log.origin for id, log in each.running.items()}
 
 
 # Projections
 
 
 def test_messages_are_what_was_said() -> None:
-    """By people and by the model, oldest first, as a model is told of it."""
+    """By people and by the model, oldest first; and so a model is told of it."""
     conversation = told(
         room(),
         [
             ("message", {"user_id": "u", "content": "Hi"}),
             ("started", {"stream_id": "g1", "user_id": "u", "model": "m"}),
             ("finished", {"stream_id": "g1", "content": "Hello!"}),
+            ("custom", {"user_id": "u", "content": "no message"}),
             ("message", {"user_id": "v", "content": "And me?"}),
         ],
     )
-    assert list(conversation.messages) == [
+    assert [event.id.offset for event in conversation.messages] == [1, 3, 5]
+    assert conversation.context() == [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello!"},
         {"role": "user", "content": "And me?"},
@@ -71,15 +81,14 @@ def test_what_was_said_before_an_ending_was_said(ending: str) -> None:
     conversation = room()
     conversation.append(ending, {"stream_id": "g1", "content": "Half an ans"})
     conversation.append(ending, {"stream_id": "g2", "content": ""})
-    assert list(conversation.messages) == [{"role": "assistant", "content": "Half an ans"}]
+    assert conversation.context() == [{"role": "assistant", "content": "Half an ans"}]
 
 
 def test_running_are_those_between_start_and_end() -> None:
-    """Each with the data of its start; any number at once."""
-    conversation = room()
-    first = {"stream_id": "g1", "user_id": "u", "model": "m"}
-    second = {"stream_id": "g2", "user_id": "v", "model": "m"}
-    told(conversation, [("started", first), ("started", second)])
+    """Each with its log; any number at once."""
+    conversation, first, second = room(), Log({}), Log({})
+    conversation.append("started", {"stream_id": "g1", "user_id": "u", "model": "m"}, first)
+    conversation.append("started", {"stream_id": "g2", "user_id": "v", "model": "m"}, second)
     assert conversation.running == {"g1": first, "g2": second}
     conversation.append("cancelled", {"stream_id": "g1", "content": ""})
     assert conversation.running == {"g2": second}
@@ -92,17 +101,17 @@ def test_the_projections_are_a_fold_of_the_log(events: list[Said], keep: int) ->
     all of them into a new room.
     """
     live = room(messages=keep)
-    for count, (type, data) in enumerate(events, 1):
-        live.append(type, data)
+    for count, said in enumerate(events, 1):
+        told(live, [said])
         assert state(live) == expected(events[:count], keep)
     again = told(room(messages=keep), [(e.type, dict(e.data)) for e in live.log.read(0)])
     assert state(again) == state(live)
 
 
-def expected(events: Sequence[Said], keep: int) -> tuple[list[Any], dict[str, Any]]:
+def expected(events: Sequence[Said], keep: int) -> tuple[list[Said], dict[str, Any]]:
     """The state that the whole list gives, worked out from the list alone."""
     messages = [
-        {"role": "user" if type == "message" else "assistant", "content": data["content"]}
+        (type, data)
         for type, data in events
         if type == "message" or (type in ENDINGS and data["content"])
     ]
@@ -115,12 +124,69 @@ def expected(events: Sequence[Said], keep: int) -> tuple[list[Any], dict[str, An
     return messages[-keep:], running
 
 
+published = st.lists(
+    st.text().map(lambda text: ("message", {"user_id": "u", "content": text})), max_size=20
+)
+
+
+@property_test
+@given(published, st.lists(st.integers(1, 6)), st.integers(1, 5))
+def test_any_batching_gives_the_same_room(events: list[Said], sizes: list[int], keep: int) -> None:
+    """The same events in batches of any size: the same log, ids in a row, the same projections."""
+    whole, parts, rest = room(messages=keep), room(messages=keep), events
+    whole.publish(events, ("u", ""))
+    for size in [*sizes, len(rest)]:
+        ids = parts.publish(rest[:size], ("u", ""))
+        offsets = [int(id.rpartition("-")[2]) for id in ids]
+        assert offsets == list(range(parts.log.top - len(ids) + 1, parts.log.top + 1))
+        rest = rest[size:]
+    assert state(parts) == state(whole) == expected(events, keep)
+    assert [e.data for e in parts.log.read(0)] == [e.data for e in whole.log.read(0)]
+
+
+# Idempotency
+
+
+SAID: list[Said] = [("message", {"user_id": "u", "content": "Hi"})]
+
+
+def test_the_same_key_gives_the_first_ids() -> None:
+    """And adds nothing; another user's same key is another key, and no key is none."""
+    each = room()
+    first = each.publish(SAID, ("u", "k"))
+    assert each.publish(SAID, ("u", "k")) == first
+    assert each.publish(SAID, ("v", "k")) != first
+    assert each.publish(SAID, ("u", "")) != each.publish(SAID, ("u", ""))
+    assert each.log.top == 4
+
+
+def test_a_key_with_another_body_is_refused() -> None:
+    """It would hide one of the two; nothing is added."""
+    each = room()
+    each.publish(SAID, ("u", "k"))
+    with pytest.raises(InvalidField) as refusal:
+        each.publish([("message", {"user_id": "u", "content": "Ho"})], ("u", "k"))
+    assert (refusal.value.param, each.log.top) == ("Idempotency-Key", 1)
+
+
+def test_keys_outlive_what_the_log_lets_go_of() -> None:
+    """A bounded number of them: the oldest leaves for the newest."""
+    each = room(events=2)
+    first = each.publish(SAID, ("u", "0"))
+    for number in range(1, 1000):
+        each.publish(SAID, ("u", str(number)))
+    assert each.publish(SAID, ("u", "0")) == first
+    each.publish(SAID, ("u", "1000"))
+    assert each.publish(SAID, ("u", "0")) != first
+
+
 def test_the_projections_outlive_the_trimmed_events() -> None:
     """The log is bounded by the configuration; what it let go of was folded before."""
     small = room(events=2)
     told(small, [("message", {"user_id": "u", "content": str(i)}) for i in range(5)])
     assert [event.data["content"] for event in small.log.read(small.log.tail)] == ["3", "4"]
-    assert [message["content"] for message in small.messages] == list("01234")
+    assert [message["content"] for message in small.context()] == list("01234")
+    assert [event.data["content"] for event in small.history(6, 10)] == ["3", "4"]
 
 
 def test_a_rooms_events_carry_its_name() -> None:
@@ -183,18 +249,37 @@ def test_a_room_in_use_is_not_forgotten(time: Time) -> None:
     """While a generation runs in it or somebody reads it; after that it is idle like any other."""
     rooms = registry(idle=10)
     busy, read = rooms.get("busy"), rooms.get("read")
-    busy.append("started", {"stream_id": "g1"})
-    read.log.listener = lambda: None
+    told(busy, [("started", {"stream_id": "g1"})])
+    read.log.listeners.append(lambda: None)
     time.now = 100
     rooms.sweep()
     assert len(rooms) == 2
     busy.append("finished", {"stream_id": "g1", "content": ""})
-    read.log.listener = None
+    read.log.listeners.clear()
     rooms.sweep()
     assert rooms.find("busy") is busy and rooms.find("read") is None
     time.now = 111
     rooms.sweep()
     assert len(rooms) == 0
+
+
+def test_a_room_with_people_in_it_is_not_forgotten(time: Time) -> None:
+    """However long nothing is said there; `idle` begins when the last of them leaves."""
+    rooms = registry(idle=10)
+    rooms.get("a").people["u"] = 1
+    time.now = 100
+    rooms.sweep()
+    assert names(rooms, "a") == "a"
+
+
+def test_a_deleted_room_is_forgotten() -> None:
+    """The next of its name is another; one that is not there cannot be deleted."""
+    rooms = registry()
+    first = rooms.get("a")
+    assert rooms.delete("a") is first
+    assert rooms.find("a") is None and rooms.get("a") is not first
+    with pytest.raises(NotFound):
+        rooms.delete("b")
 
 
 def test_a_forgotten_room_comes_back_as_a_new_one(time: Time) -> None:
@@ -226,9 +311,9 @@ def test_one_room_too_many_takes_the_place_of_the_one_used_longest_ago(time: Tim
 def test_rooms_in_use_keep_their_places(time: Time) -> None:
     """Another one goes instead; where all are in use the new one is refused, to come back later."""
     rooms = registry(max_rooms=2)
-    rooms.get("a").append("started", {"stream_id": "g1"})
+    told(rooms.get("a"), [("started", {"stream_id": "g1"})])
     rooms.get("b")
-    rooms.get("c").append("started", {"stream_id": "g2"})
+    told(rooms.get("c"), [("started", {"stream_id": "g2"})])
     assert names(rooms, *"abc") == "ac"
     with pytest.raises(Unavailable) as refusal:
         rooms.get("d")

@@ -1,0 +1,6 @@
+"""Every case by its name, in the order of the report."""
+
+from bench.cases import STREAMS
+from bench.fanout import FANOUT
+
+CASES = STREAMS | FANOUT

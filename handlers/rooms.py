@@ -1,0 +1,152 @@
+"""Rooms over HTTP: publish, follow, look back, who is here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import quote
+
+from aiohttp import web
+
+from handlers.answers import choose_encoder, deliver
+from handlers.keys import CONFIG, GENERATIONS, PRESENCE, ROOMS, USER
+from handlers.middleware import json_response
+from handlers.reading import Fields, idempotency_key, last_event_id, read_json
+from streaming.encoders import SSE
+from streaming.errors import BadRequest, InvalidField, NotFound, TooLarge
+from streaming.events import JSON, Position
+from streaming.frames import RESERVED, message
+from streaming.frames import ROOMS as FRAMES
+from streaming.rooms import Room
+
+_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,128}")
+_TYPE = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+PAGE = 50  # messages of history, unless `limit` says
+BATCH = 100
+
+
+def check_room(name: str, user: str) -> str:
+    """The name, where it is one and this person may know the room. Raises InvalidField, NotFound:
+    another's conversation or personal room is like one that is not there.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidField("room", "must be 1 to 128 characters without spaces")
+    kind, colon, owner = name.partition(":")
+    if kind == "conv":
+        owner, user = owner.partition(":")[0], quote(user, safe="")
+    if colon and kind in ("conv", "user") and owner != user:
+        raise NotFound("no such room", param="room")
+    return name
+
+
+def room_of(request: web.Request) -> Room:
+    """The room in the request's path, made where there is none."""
+    return request.app[ROOMS].get(check_room(request.match_info["room"], request[USER]))
+
+
+def said(fields: Fields, user: str, type: str) -> JSON:
+    """The data of an event of this type, from its fields. Raises InvalidField, TooLarge."""
+    event: JSON = {"user_id": user}
+    if type == "message" or fields.data.get("content") is not None:
+        event["content"] = fields.text("content")
+    if fields.data.get("data") is not None:
+        event["data"] = fields.data["data"]
+    return event
+
+
+def _type(fields: Fields) -> str:
+    type = fields.text("type", "message", most=64)
+    if not _TYPE.fullmatch(type) or type in RESERVED:
+        raise InvalidField("type", "must be a name that the server does not use itself")
+    return type
+
+
+async def post_messages(request: web.Request) -> web.Response:
+    """POST /api/v1/rooms/{room}/messages: one event, or a list of them, all or none."""
+    room, user, limits = room_of(request), request[USER], request.app[CONFIG].limits
+    body = await read_json(request, limits.frame_bytes)  # as on a socket: a room keeps many of them
+    batch = body if isinstance(body, list) else [body]
+    if len(batch) > BATCH:
+        raise TooLarge(f"a batch has at most {BATCH} events", param="body")
+    if not batch or not all(isinstance(each, dict) for each in batch):
+        raise BadRequest("the body must be a JSON object or a list of them", param="body")
+    fields = [Fields(each, limits) for each in batch]
+    told = [(type := _type(each), said(each, user, type)) for each in fields]
+    ids = room.publish(told, key=(user, idempotency_key(request)))
+    answer: JSON = {"ids": ids} if isinstance(body, list) else {"id": ids[0]}
+    return json_response(answer, 201)
+
+
+async def get_messages(request: web.Request) -> web.Response:
+    """GET /api/v1/rooms/{room}/messages?before=&limit=: a page of history, the newest first."""
+    return json_response(history(room_of(request), request.query, request.app[CONFIG].limits))
+
+
+def history(room: Room, query: Mapping[str, Any], limits: Any) -> JSON:
+    """One page: messages oldest first, and where the page before it ends. Raises InvalidField."""
+    limit = Fields(query, limits).integer("limit", PAGE, 1, 1000)
+    before, top = query.get("before"), room.log.top + 1
+    if before is not None:
+        position = Position.parse(before) if isinstance(before, str) else None
+        if position is None or position.epoch != room.log.epoch:
+            raise InvalidField("before", "must be the id of a message of this room")
+        top = position.offset
+    page = room.history(top, limit + 1)
+    more, page = len(page) > limit, page[-limit:]
+    return {
+        "messages": [message(event) for event in page],
+        "next": str(page[0].id) if more else None,
+    }
+
+
+async def presence(request: web.Request) -> web.Response:
+    """GET /api/v1/rooms/{room}/presence"""
+    room = room_of(request)
+    return json_response({"room": room.name, "members": sorted(room.people)})
+
+
+async def rooms(request: web.Request) -> web.Response:
+    """GET /api/v1/rooms: which rooms live."""
+    listed = [
+        {"room": room.name, "members": len(room.people), "position": str(room.log.position)}
+        for room in request.app[ROOMS]
+    ]
+    return json_response({"rooms": listed})
+
+
+async def delete(request: web.Request) -> web.Response:
+    """DELETE /api/v1/rooms/{room}: ends it and what runs in it; everybody in it is told `left`."""
+    name, user = check_room(request.match_info["room"], request[USER]), request[USER]
+    room = request.app[ROOMS].delete(name)
+    for stream_id in list(room.running):
+        if (generation := request.app[GENERATIONS].find(stream_id, user)) is not None:
+            generation.stop()
+    room.append("left", {"user_id": user})
+    room.log.close()
+    return json_response({"deleted": True})
+
+
+async def events(request: web.Request) -> web.StreamResponse:
+    """GET /api/v1/rooms/{room}/events: `joined`, then what comes, from `Last-Event-ID` on."""
+    encoder = choose_encoder(request, FRAMES, SSE, bare=False)
+    room, user = room_of(request), request[USER]
+    here = request.app[PRESENCE]
+    here.enter(room, user)
+    try:
+        cursor, opening = room.join(last_event_id(request))
+        return await deliver(request, encoder, cursor, {}, opening=opening)
+    finally:
+        here.leave(room, user)
+
+
+def routes() -> list[web.RouteDef]:
+    """This surface's routes."""
+    return [
+        web.get("/api/v1/rooms", rooms, allow_head=False),
+        web.delete("/api/v1/rooms/{room}", delete),
+        web.post("/api/v1/rooms/{room}/messages", post_messages),
+        web.get("/api/v1/rooms/{room}/messages", get_messages, allow_head=False),
+        web.get("/api/v1/rooms/{room}/presence", presence, allow_head=False),
+        web.get("/api/v1/rooms/{room}/events", events, allow_head=False),
+    ]

@@ -1,0 +1,127 @@
+"""A small client for programs that tell a person how their work goes, in a channel of theirs.
+
+    async with Publisher("http://127.0.0.1:8080", key="...") as publisher:
+        async with publisher.task("ann", "work") as task:
+            await task.progress(percent=50)
+
+It stands alone: nothing of the server is needed to use it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+
+logger = logging.getLogger("rivulet.publisher")
+
+JSON = dict[str, Any]
+
+
+class PublishError(Exception):
+    """The server did not take an event, or was not there. status: its answer's; 0 for none."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Publisher:
+    """Publishes into the channels of a server.
+
+    url: the server's base URL. key: a service key; a server in open mode needs none. timeout:
+    seconds that one event may take.
+    """
+
+    def __init__(self, url: str, key: str = "", *, timeout: float = 10.0) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("the server's base URL begins with http:// or https://")
+        self._url = f"{url.rstrip('/')}/api/v1/sse/publish"
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._timeout = aiohttp.ClientTimeout(total=timeout)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes its connections; publishing again opens new ones."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def publish(self, user_id: str, channel: str, event: str, data: JSON) -> int:
+        """Publishes one event; how many streams of this person it went to. Raises PublishError.
+
+        It is not tried again: when an answer is lost, the event may have arrived.
+        """
+        if self._session is None:
+            self._session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout)
+        body = {"user_id": user_id, "channel": channel, "event": event, "data": data}
+        try:
+            async with self._session.post(self._url, json=body) as answer:
+                if answer.status >= 400:
+                    said = (await answer.text())[:500]
+                    raise PublishError(f"{answer.status}: {said}", answer.status)
+                delivered: int = (await answer.json())["delivered"]
+                return delivered
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise PublishError(f"{type(error).__name__}: {error}") from error
+
+    @asynccontextmanager
+    async def task(
+        self, user_id: str, channel: str, name: str = "generation", **data: Any
+    ) -> AsyncIterator[Task]:
+        """A piece of work: `{name}.start` with `data`; then `{name}.complete` with the task's
+        `result`, or `{name}.error` when the block raises or is cancelled, which goes on from here.
+
+        Raises PublishError where start or complete are not taken. Where `error` is not, that is
+        logged, and what the block raised counts.
+        """
+        task = Task(self, user_id, channel, name)
+        await task.send("start", data)
+        try:
+            yield task
+        except (Exception, asyncio.CancelledError) as error:
+            code = "cancelled" if isinstance(error, asyncio.CancelledError) else "task_failed"
+            try:
+                message = str(error) or type(error).__name__
+                await task.send("error", {"error": {"code": code, "message": message}})
+            except PublishError as lost:
+                logger.warning("the end of a task was not told", extra={"reason": str(lost)})
+            raise
+        await task.send("complete", task.result)
+
+
+class Task:
+    """One piece of work under way. Every event has its `task_id`. result: goes with `complete`."""
+
+    def __init__(self, publisher: Publisher, user_id: str, channel: str, name: str) -> None:
+        self.id = secrets.token_hex(8)
+        self.result: JSON = {}
+        self._publisher = publisher
+        self._to = user_id, channel
+        self._name = name
+
+    async def progress(self, **data: Any) -> None:
+        """Tells how far it is. Raises PublishError."""
+        await self.send("progress", data)
+
+    async def send(self, step: str, data: JSON) -> None:
+        """Publishes `{name}.{step}`. Raises PublishError."""
+        event = f"{self._name}.{step}"
+        await self._publisher.publish(*self._to, event, {"task_id": self.id, **data})
