@@ -17,7 +17,7 @@ from streaming.dialects import Dialect
 from streaming.encoders import TEXT, Encoder, Framing, encoder
 from streaming.errors import Conflict, Gone, InvalidField, RivuletError
 from streaming.events import JSON, Event, Position
-from streaming.generations import Generation
+from streaming.generation import Generation
 from streaming.log import Cursor, FellBehind
 from streaming.responses import open_stream
 

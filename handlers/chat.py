@@ -22,7 +22,7 @@ from streaming.dialects import CHAT, CONTENT, CONTENT_WITHOUT_DONE, TOOL, Dialec
 from streaming.encoders import NDJSON, NDJSON_BRACES, SSE, Framing
 from streaming.errors import InvalidField, Unavailable
 from streaming.events import JSON
-from streaming.generations import Ask, Generation, Key
+from streaming.generation import Ask, Generation, Key
 from streaming.models import ModelCall
 from streaming.rooms import Room
 
@@ -116,7 +116,9 @@ class Row:
             generation = start(request, question, data)
             return await whole(request, generation, _text_and_tokens)
         encoder = choose_encoder(request, question.dialect or self.dialect, self.framing)
-        return await stream(request, start(request, question, data), encoder)
+        generation = start(request, question, data)
+        del question, data  # not to be kept as long as the stream
+        return await stream(request, generation, encoder)
 
 
 def start(

@@ -36,7 +36,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     options = body.get("stream_options") or {}
     dialect = OPENAI_WITH_USAGE if options.get("include_usage") else OPENAI
     encoder = choose_encoder(request, dialect, SSE)
-    return await stream(request, start(request, question, body, LINGER), encoder)
+    generation = start(request, question, body, LINGER)
+    del question, body, options  # not to be kept as long as the stream
+    return await stream(request, generation, encoder)
 
 
 def _question(body: JSON, fields: Fields) -> Question:

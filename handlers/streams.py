@@ -13,7 +13,7 @@ from streaming.dialects import DIALECTS, NATIVE, Dialect
 from streaming.encoders import SSE
 from streaming.errors import InvalidField, NotFound
 from streaming.events import Position
-from streaming.generations import Generation
+from streaming.generation import Generation
 
 _OFFSET = re.compile(r"[0-9]{1,15}")
 

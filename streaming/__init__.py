@@ -6,6 +6,6 @@ Floors, lowest first; a module imports only from lower floors (tests/test_floors
     1  clock events markup models publisher
     2  decoder demo dialects log
     3  encoders frames rooms upstream writer
-    4  delivery generations
-    5  channels presence responses sockets
+    4  delivery generation
+    5  channels generations presence responses sockets
 """

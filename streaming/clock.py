@@ -19,17 +19,18 @@ class FlushClock:
         self._interval = interval
         self._resting: list[asyncio.Future[None]] = []
 
-    async def rest(self) -> None:
-        """Returns at the next tick, within `interval`. Cancelling one rest leaves the others."""
-        if not self._interval:
-            return
+    def rest(self) -> asyncio.Future[None]:
+        """Done at the next tick, within `interval`. Cancelling one rest leaves the others."""
         loop = asyncio.get_running_loop()
-        if not self._resting:
-            loop.call_later(self._interval, self._tick)
         # A future each: cancelling a task cancels the future it waits for.
         future: asyncio.Future[None] = loop.create_future()
-        self._resting.append(future)
-        await future
+        if self._interval:
+            if not self._resting:
+                loop.call_later(self._interval, self._tick)
+            self._resting.append(future)
+        else:
+            future.set_result(None)
+        return future
 
     def _tick(self) -> None:
         resting, self._resting = self._resting, []

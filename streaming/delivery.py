@@ -16,6 +16,7 @@ import fcntl
 import socket
 import sys
 import termios
+import time
 from collections import OrderedDict
 from collections.abc import Coroutine, Hashable
 from typing import Any, Protocol
@@ -72,11 +73,10 @@ class Wheel:
 
     def touch(self, item: Beating) -> None:
         """Puts `item` at the end; new ones too."""
-        loop = asyncio.get_running_loop()
-        self._touched[item] = loop.time()
+        self._touched[item] = time.monotonic()
         self._touched.move_to_end(item)
         if self._timer is None:
-            self._timer = loop.call_later(self._period, self._turn)
+            self._timer = asyncio.get_running_loop().call_later(self._period, self._turn)
 
     def drop(self, item: Beating) -> None:
         """Takes `item` off."""
@@ -89,16 +89,15 @@ class Wheel:
             self._timer.cancel()
 
     def _turn(self) -> None:
-        loop = asyncio.get_running_loop()
-        self._timer = None
-        due = loop.time() - self._period
+        now = time.monotonic()
         while self._touched:
             item, last = next(iter(self._touched.items()))
-            if last > due:
-                self._timer = loop.call_at(last + self._period, self._turn)
-                break
+            if (wait := last + self._period - now) > 0:
+                self._timer = asyncio.get_running_loop().call_later(wait, self._turn)
+                return
             self.touch(item)
             item.beat()
+        self._timer = None
 
 
 class Beating(Protocol):
@@ -177,6 +176,7 @@ class Feed:
         self._delivery = delivery
         self._groups: dict[tuple[Encoder, bool], set[Sink]] = {}
         self._scheduled = False
+        self._loop = asyncio.get_running_loop()  # asking for it costs a system call each time
         self._logs: list[Log] = []
         self.listen(cursor.logs)
 
@@ -210,7 +210,7 @@ class Feed:
         # What comes in one turn of the loop goes out in one write.
         if not self._scheduled:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self.flush)
+            self._loop.call_soon(self.flush)
 
     def flush(self) -> None:
         """Writes what is new to every live sink. At the end of the source lets them go: each reads

@@ -18,6 +18,7 @@ import aiohttp
 import httpx2
 import openai
 import orjson
+from multidict import istr
 from yarl import URL
 
 from streaming.decoder import ChunkDecoder, shown
@@ -45,7 +46,8 @@ class OpenAIUpstream:
             http_client=httpx2.AsyncClient(transport=httpx2.AsyncBaseTransport()),  # not for use
         )
         headers = {**sdk.default_headers, **sdk.auth_headers}
-        self._headers = {k: v for k, v in headers.items() if isinstance(v, str)}
+        # As aiohttp folds names of headers: what is folded already is not copied for each call.
+        self._headers = {istr(k): v for k, v in headers.items() if isinstance(v, str)}
         self._url = URL(f"{sdk.base_url}chat/completions", encoded=True)
         self._connect_timeout = connect_timeout
         self._opened: aiohttp.ClientSession | None = None
@@ -58,19 +60,16 @@ class OpenAIUpstream:
                 connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE),
                 cookie_jar=aiohttp.DummyCookieJar(),  # one tenant's cookie is not another's
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._connect_timeout),
-                headers={**self._headers, "Accept-Encoding": "identity"},
+                headers={**self._headers, aiohttp.hdrs.ACCEPT_ENCODING: "identity"},
                 proxy=_proxy(self._url),
             )
         return self._opened
 
     async def stream(self, call: ModelCall) -> AsyncGenerator[list[Piece], None]:
         """See ModelSource.stream."""
-        options = {**(call.params.get("stream_options") or {}), "include_usage": True}
-        fields = {"stream": True, "stream_options": options}
-        body = {**call.params, "model": call.model, "messages": call.messages, **fields}
         try:
             response = await self._session().post(
-                self._url, data=orjson.dumps(body), allow_redirects=False
+                self._url, data=_request(call), allow_redirects=False
             )
         except aiohttp.ConnectionTimeoutError as error:
             late = "the model's server could not be reached in time"
@@ -80,7 +79,6 @@ class OpenAIUpstream:
             raise UpstreamError("upstream_unreachable", unreachable) from error
         if response.status != 200:
             raise await _refused(response)
-        del body
         source = _Body(response)
         decoder = ChunkDecoder()
         try:
@@ -89,6 +87,7 @@ class OpenAIUpstream:
                 del data  # up to 64 KiB, while the consumer takes its time
                 if pieces:
                     yield pieces
+                del pieces
                 if decoder.failure is not None:
                     raise decoder.failure
                 if decoder.done:
@@ -165,6 +164,12 @@ class _Body:
     def close(self) -> None:
         """Closes the socket now; after the end of the body it does nothing."""
         self._response.close()
+
+
+def _request(call: ModelCall) -> bytes:
+    options = {**(call.params.get("stream_options") or {}), "include_usage": True}
+    fields = {"stream": True, "stream_options": options}
+    return orjson.dumps({**call.params, "model": call.model, "messages": call.messages, **fields})
 
 
 def _proxy(url: URL) -> str | None:

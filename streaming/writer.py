@@ -30,6 +30,7 @@ class _Part:
             self.head["choice"] = piece.choice
         if piece.kind == "tool_call":
             self.head["index"] = piece.place
+        self.labeller = Labeller() if piece.kind == "text" else None
         self._label = Label("text")
         self._label_head = self.head
 
@@ -62,7 +63,6 @@ class Writer:
         self._chars = 0  # of the answer, its arguments and thoughts
         self._speech: dict[int, _Part] = {}  # the open part of each choice that is no tool call
         self._tools: dict[tuple[int, int], _Part] = {}
-        self._labellers: dict[int, Labeller] = {}
         self._usage: Mapping[str, Any] | None = None
 
     @property
@@ -93,15 +93,13 @@ class Writer:
         if part is None or part.kind != piece.kind:
             self._close_speech(piece.choice)
             part = self._speech[piece.choice] = self._open(piece)
-            if piece.kind == "text":
-                self._labellers[piece.choice] = Labeller()
         if piece.extra:
             # Log probabilities and the like belong to this very delta: it stands alone.
             self._flush_labeller(part)
             data = {**part.head, "content": piece.text, "extra": piece.extra}
             self._log.append("delta", data)
-        elif piece.kind == "text":
-            for label, text in self._labellers[piece.choice].feed(piece.text):
+        elif part.labeller is not None:
+            for label, text in part.labeller.feed(piece.text):
                 self._log.extend(part.labelled(label), text)
         else:
             self._log.extend(part.head, piece.text)
@@ -130,10 +128,10 @@ class Writer:
             self._log.append("part_finished", part.head)
 
     def _flush_labeller(self, part: _Part) -> None:
-        if part.kind == "text":
-            for label, text in self._labellers[part.choice].close():
+        if part.labeller is not None:
+            for label, text in part.labeller.close():
                 self._log.extend(part.labelled(label), text)
-            self._labellers[part.choice] = Labeller()
+            part.labeller = Labeller()
 
     def close_parts(self) -> None:
         """Appends what was held back, and the end of every part that is open."""

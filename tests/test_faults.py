@@ -245,6 +245,32 @@ async def test_an_answer_takes_too_long(server: StartServer, upstream: UpstreamP
         assert all_of_it.startswith(seen.text)
 
 
+@pytest.mark.parametrize("words", ["delay=60", "stall=3", "status=429,retry_after=20"])
+async def test_total_goes_before_the_others(
+    server: StartServer, upstream: UpstreamProcess, words: str
+) -> None:
+    """Where it is the shortest, `total_timeout` is what ends silence before the first token, or
+    between two, and the wait before another attempt.
+    """
+    config = {"name": "m", "base_url": upstream.base}
+    url = server(model=config, generation={"total_timeout": 0.5}).url
+    kind = next(kind for kind in KINDS if kind.dialect == "native" and kind.framing == "sse")
+    ((_, seen),) = (await every_kind(url, words, [kind])).values()
+    assert (seen.ending, seen.code) == ("failed", "total_timeout")
+
+
+async def test_a_whole_answer_is_whole(server: StartServer, upstream: UpstreamProcess) -> None:
+    """Once the model has said that it is done, `total_timeout` fails nothing: what was still waited
+    for is its count of tokens.
+    """
+    config = {"name": "m", "base_url": upstream.base}
+    url = server(model=config, generation={"total_timeout": 1.0}).url
+    for _, seen in (await every_kind(url, "tokens=3,stall_end")).values():
+        assert seen.text == expected("up:tokens=3,stall_end", PROMPT)
+        assert seen.ending in ("finished", "")
+        assert seen.ended == "end"
+
+
 @pytest.mark.parametrize("words", ["delay=1,first_error", "status=429,headers_delay=1"])
 async def test_after_the_status_is_out(
     server: StartServer, upstream: UpstreamProcess, words: str

@@ -18,7 +18,7 @@ import pytest
 import app as rivulet
 from handlers.keys import GENERATIONS
 from streaming.config import Config, Generation, Model
-from streaming.generations import Key
+from streaming.generation import Key
 from tests.behaviour import expected
 from tests.clients import (
     DONE,
