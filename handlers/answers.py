@@ -49,7 +49,7 @@ async def stream(
     A client that goes away cancels this and nothing else: the generation runs on. A stream that did
     not finish is cut where its encoding has no word for that.
     """
-    with generation.reading():
+    with generation:
         if encoder.dialect.holds:
             await _hold(request, generation)
         cursor = Cursor(generation.log, after)
@@ -95,7 +95,7 @@ async def _hold(request: web.Request, generation: Generation) -> None:
     """Waits for the first delta, `commit_after` at most. Raises what failed before it."""
     try:
         async with asyncio.timeout(request.app[CONFIG].generation.commit_after):
-            await asyncio.shield(generation.begun)
+            await generation.spoken()
     except TimeoutError:
         return
     ending = generation.ending
@@ -109,8 +109,8 @@ async def whole(
     """Waits for the end and answers in one piece. A failure has its own status, never 200; a
     cancelled generation gives 409 with the text so far.
     """
-    with generation.reading():
-        await asyncio.shield(generation.ended)
+    with generation:
+        await generation.ended()
     headers = headers_of(generation)
     assert generation.ending is not None
     if generation.ending.type == "finished":

@@ -11,8 +11,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -70,8 +70,8 @@ class Ask:
 class Generation:
     """One model answer. `id` is its stream id and its log's epoch; `log` is what it says.
 
-    `begun` is done with its first delta, `ended` with its end, and then both. `on_end` is called
-    once, after the ending is in the log.
+    `with generation:` somebody reads it, or waits for its end, as long as that is open. `on_end` is
+    called once, after the ending is in the log.
     """
 
     def __init__(
@@ -95,10 +95,6 @@ class Generation:
             },
             epoch=self.id,
         )
-        loop = asyncio.get_running_loop()
-        # Futures, to be waited for behind a shield: an Event costs 700 bytes more.
-        self.begun: asyncio.Future[None] = loop.create_future()
-        self.ended: asyncio.Future[None] = loop.create_future()
         self.ending: Event | None = None
         self._models = models
         self._on_end = on_end
@@ -125,19 +121,40 @@ class Generation:
                 self._unread(self._linger)
         self._task = asyncio.create_task(self._run())
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Somebody reads it, or waits for its end, as long as this is open."""
+    def __enter__(self) -> None:
         self._readers += 1
         if self._abandon is not None:
             self._abandon.cancel()
             self._abandon = None
+
+    def __exit__(self, *_: object) -> None:
+        self._readers -= 1
+        if not self._readers and self.ending is None:
+            self._unread(self._linger)
+
+    async def spoken(self) -> None:
+        """Returns once something of the answer has come, or it has ended. Cancelling it changes
+        nothing.
+        """
+        await self._until(lambda: self.spoke or self.log.closed)
+
+    async def ended(self) -> None:
+        """Returns once it has ended. Cancelling it changes nothing."""
+        await self._until(lambda: self.log.closed)
+
+    async def _until(self, true: Callable[[], bool]) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def look() -> None:
+            if true() and not future.done():
+                future.set_result(None)
+
+        self.log.listeners.append(look)
         try:
-            yield
+            look()
+            await future
         finally:
-            self._readers -= 1
-            if not self._readers and self.ending is None:
-                self._unread(self._linger)
+            self.log.listeners.remove(look)
 
     def _unread(self, wait: float) -> None:
         """Nobody reads it directly any more; when time is up, who follows its room counts, or did
@@ -200,10 +217,6 @@ class Generation:
             if self._task is not None:
                 self._task.cancel()
 
-    def _begin(self) -> None:
-        if not self.begun.done():
-            self.begun.set_result(None)
-
     def _end(self, type: str, data: JSON) -> None:
         """The one place where a generation ends. Nothing is appended after it."""
         assert type in ENDINGS
@@ -219,8 +232,6 @@ class Generation:
         if self.ask.room is not None:
             told = {"stream_id": self.id, "user_id": self.owner, "content": self.text(), **data}
             self.ask.room.append(type, told)
-        self._begin()
-        self.ended.set_result(None)
         self._on_end(self)
 
     def _fail(self, error: RivuletError) -> None:
@@ -300,7 +311,6 @@ class Generation:
                     del pieces
                     if not writer.spoken:
                         continue
-                    self._begin()
                     now = loop.time()
                     if writer.complete:
                         deadline.reschedule(min(now + FINISH_GRACE, last))

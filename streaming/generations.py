@@ -97,7 +97,7 @@ class Generations:
         try:
             async with asyncio.timeout(patience):
                 while self._running:
-                    await asyncio.shield(next(iter(self._running.values())).ended)
+                    await next(iter(self._running.values())).ended()
         except TimeoutError:
             pass
 
