@@ -40,9 +40,9 @@ def check_room(name: str, user: str) -> str:
     return name
 
 
-def room_of(request: web.Request) -> Room:
+async def room_of(request: web.Request) -> Room:
     """The room in the request's path, made where there is none."""
-    return request.app[ROOMS].get(check_room(request.match_info["room"], request[USER]))
+    return await request.app[ROOMS].open(check_room(request.match_info["room"], request[USER]))
 
 
 def said(fields: Fields, user: str, type: str) -> JSON:
@@ -64,7 +64,7 @@ def _type(fields: Fields) -> str:
 
 async def post_messages(request: web.Request) -> web.Response:
     """POST /api/v1/rooms/{room}/messages: one event, or a list of them, all or none."""
-    room, user, limits = room_of(request), request[USER], request.app[CONFIG].limits
+    room, user, limits = await room_of(request), request[USER], request.app[CONFIG].limits
     body = await read_json(request, limits.frame_bytes)  # as on a socket: a room keeps many of them
     batch = body if isinstance(body, list) else [body]
     if len(batch) > BATCH:
@@ -73,14 +73,14 @@ async def post_messages(request: web.Request) -> web.Response:
         raise BadRequest("the body must be a JSON object or a list of them", param="body")
     fields = [Fields(each, limits) for each in batch]
     told = [(type := _type(each), said(each, user, type)) for each in fields]
-    ids = room.publish(told, key=(user, idempotency_key(request)))
+    ids = await room.publish(told, key=(user, idempotency_key(request)))
     answer: JSON = {"ids": ids} if isinstance(body, list) else {"id": ids[0]}
     return json_response(answer, 201)
 
 
 async def get_messages(request: web.Request) -> web.Response:
     """GET /api/v1/rooms/{room}/messages?before=&limit=: a page of history, the newest first."""
-    return json_response(history(room_of(request), request.query, request.app[CONFIG].limits))
+    return json_response(history(await room_of(request), request.query, request.app[CONFIG].limits))
 
 
 def history(room: Room, query: Mapping[str, Any], limits: Any) -> JSON:
@@ -102,14 +102,14 @@ def history(room: Room, query: Mapping[str, Any], limits: Any) -> JSON:
 
 async def presence(request: web.Request) -> web.Response:
     """GET /api/v1/rooms/{room}/presence"""
-    room = room_of(request)
-    return json_response({"room": room.name, "members": sorted(room.people)})
+    room = await room_of(request)
+    return json_response({"room": room.name, "members": room.members})
 
 
 async def rooms(request: web.Request) -> web.Response:
     """GET /api/v1/rooms: which rooms live."""
     listed = [
-        {"room": room.name, "members": len(room.people), "position": str(room.log.position)}
+        {"room": room.name, "members": len(room.members), "position": str(room.log.position)}
         for room in request.app[ROOMS]
     ]
     return json_response({"rooms": listed})
@@ -130,7 +130,7 @@ async def delete(request: web.Request) -> web.Response:
 async def events(request: web.Request) -> web.StreamResponse:
     """GET /api/v1/rooms/{room}/events: `joined`, then what comes, from `Last-Event-ID` on."""
     encoder = choose_encoder(request, FRAMES, SSE, bare=False)
-    room, user = room_of(request), request[USER]
+    room, user = await room_of(request), request[USER]
     here = request.app[PRESENCE]
     here.enter(room, user)
     try:

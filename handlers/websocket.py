@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
@@ -45,13 +45,15 @@ class Connection:
         self._rooms: dict[str, Room] = {}
         self._own = ""  # the room of the path
 
-    def enter(self, name: str, after: str | None, *, own: bool = False, ref: object = None) -> None:
+    async def enter(
+        self, name: str, after: str | None, *, own: bool = False, ref: object = None
+    ) -> None:
         """Comes into a room, and is told where it stands. Raises InvalidField, NotFound."""
         check_room(name, self._user)
         before = self._rooms.get(name)
         if before is None and len(self._rooms) >= ROOMS_MOST:
             raise InvalidField("room", f"a socket can be in {ROOMS_MOST} rooms")
-        room = self._app[ROOMS].get(name)
+        room = await self._app[ROOMS].open(name)
         if room is not before:
             self._app[PRESENCE].enter(room, self._user)
             self._rooms[name] = room
@@ -73,7 +75,7 @@ class Connection:
             self._app[PRESENCE].leave(room, self._user)
         self._rooms.clear()
 
-    def take(self, text: str) -> None:
+    async def take(self, text: str) -> None:
         """Does what a frame says, and answers it."""
         ref: object = None
         try:
@@ -86,6 +88,8 @@ class Connection:
             if action is None:
                 raise InvalidField("type", f"must be one of {', '.join(FRAMES)}")
             reply = action(self, frame)
+            if isinstance(reply, Awaitable):
+                reply = await reply
         except RivuletError as error:
             reply = {"type": "error", **error.body(self._request_id)}
         except Exception:
@@ -106,10 +110,10 @@ class Connection:
         Fields(frame, self._limits).text("token", "any")
         return {"type": "authenticated", "userId": self._user}
 
-    def join(self, frame: JSON) -> None:
+    async def join(self, frame: JSON) -> None:
         fields = Fields(frame, self._limits)
         after = fields.text("last_event_id", "", most=128) or None
-        self.enter(fields.text("room", most=128), after, ref=frame.get("ref"))
+        await self.enter(fields.text("room", most=128), after, ref=frame.get("ref"))
 
     def leave(self, frame: JSON) -> JSON:
         room = self._room(frame)
@@ -118,13 +122,13 @@ class Connection:
         self._app[PRESENCE].leave(room, self._user)
         return {"type": "left", "room": room.name}
 
-    def message(self, frame: JSON) -> JSON:
+    async def message(self, frame: JSON) -> JSON:
         room, fields = self._room(frame), dict(frame)
         if fields.get("content") is None and "message" in fields:
             fields["content"] = fields["message"]
         key = Fields(frame, self._limits).text("idempotency_key", "", most=255)
         data = said(Fields(fields, self._limits), self._user, "message")
-        (id,) = room.publish([("message", data)], key=(self._user, key))
+        (id,) = await room.publish([("message", data)], key=(self._user, key))
         return {"type": "ack", "id": id, "room": room.name}
 
     def typing(self, frame: JSON) -> None:
@@ -133,16 +137,18 @@ class Connection:
         if not isinstance(typing, bool):
             raise InvalidField("typing", "must be true or false")
         told = {"userId": self._user, "typing": typing}
-        self._app[DELIVERY].broadcast(room, room.ephemeral("user_typing", told))
+        event = room.ephemeral("user_typing", told)
+        self._app[DELIVERY].broadcast(room, event)
+        room.keeper.told(room, event)
 
-    def generate(self, frame: JSON) -> JSON:
+    async def generate(self, frame: JSON) -> JSON:
         room, fields = self._room(frame), Fields(frame, self._limits)
         model = fields.text("model", "", most=512)
         if frame.get("messages") is not None:
             question = Question(fields.messages(), "", model, room=room.name)
         else:
             question = Question([], fields.text("message"), model, room=room.name)
-        generation = begin(self._app, self._user, self._request_id, question)
+        generation = await begin(self._app, self._user, self._request_id, question)
         return {"type": "ack", "stream_id": generation.id, "room": room.name}
 
     def stop(self, frame: JSON) -> JSON:
@@ -159,7 +165,7 @@ class Connection:
 
     def presence(self, frame: JSON) -> JSON:
         room = self._room(frame)
-        return {"type": "presence", "room": room.name, "members": sorted(room.people)}
+        return {"type": "presence", "room": room.name, "members": room.members}
 
     def ping(self, frame: JSON) -> JSON:
         return {"type": "pong"}
@@ -185,15 +191,15 @@ async def serve(request: web.Request) -> web.WebSocketResponse:
     try:
         if request[USER] != "anonymous":
             # Nothing is said of it: whoever is in it hears what comes.
-            personal = request.app[ROOMS].get(f"user:{request[USER]}")
+            personal = await request.app[ROOMS].open(f"user:{request[USER]}")
             sink.follow(personal.join(None)[0])
         if own is not None:
-            connection.enter(own, last_event_id(request), own=True)
+            await connection.enter(own, last_event_id(request), own=True)
         while True:
             received = await response.receive()
             sink.heard()
             if received.type is WSMsgType.TEXT:
-                connection.take(received.data)
+                await connection.take(received.data)
                 await sink.drained()  # reads no next frame while its answers cannot be written
             elif received.type is WSMsgType.PING:
                 await response.pong(received.data)
@@ -263,7 +269,8 @@ async def _read_on(held: socket.socket) -> None:
                 pass
 
 
-FRAMES: Mapping[str, Callable[[Connection, JSON], JSON | None]] = {
+Reply = JSON | None
+FRAMES: Mapping[str, Callable[[Connection, JSON], Reply | Awaitable[Reply]]] = {
     "authenticate": Connection.authenticate,
     "join": Connection.join,
     "leave": Connection.leave,

@@ -106,19 +106,38 @@ class Generation:
         self._abandon: asyncio.TimerHandle | None = None
         self._writer = Writer(self.log, _choices(ask.call), cfg.max_bytes)
         self._task: asyncio.Task[None] | None = None
+        self._told = False  # its room knows that it has started
 
-    def start(self) -> None:
-        """Tells its room, and begins. The log has its first event when this returns."""
-        origin = self.log.origin
-        self.log.append("started", {"model": origin["model"]})
-        if self.ask.room is not None:
-            if self.ask.said is not None:
-                said = {"user_id": self.owner, "content": self.ask.said}
-                self.ask.room.append("message", said)
-            started = {"stream_id": self.id, "user_id": self.owner, "model": origin["model"]}
-            self.ask.room.append("started", started, self.log)
-            if not self._readers:
-                self._unread(self._linger)
+    async def start(self) -> None:
+        """Tells its room, and begins. The log has its first event when this returns. Cancelling it
+        starts it all the same. Raises Unavailable where its room cannot be told.
+        """
+        self.log.append("started", {"model": self.log.origin["model"]})
+        if self.ask.room is None:
+            self._task = asyncio.create_task(self._run())
+        elif self.ask.room.keeper.immediate:
+            await self._start_in(self.ask.room)
+        else:
+            await asyncio.shield(asyncio.create_task(self._start_in(self.ask.room)))
+
+    async def _start_in(self, room: Room) -> None:
+        told: list[tuple[str, JSON]] = []
+        if self.ask.said is not None:
+            told.append(("message", {"user_id": self.owner, "content": self.ask.said}))
+        model = self.log.origin["model"]
+        started = {"stream_id": self.id, "user_id": self.owner, "model": model}
+        told.append(("started", started))
+        room.starting[self.id] = self.log
+        try:
+            await room.publish(told)
+        except RivuletError as error:
+            self._fail(error)
+            raise
+        finally:
+            room.starting.pop(self.id, None)
+        self._told = True
+        if not self._readers:
+            self._unread(self._linger)
         self._task = asyncio.create_task(self._run())
 
     def __enter__(self) -> None:
@@ -164,7 +183,7 @@ class Generation:
 
     def _abandoned(self) -> None:
         room = self.ask.room
-        if room is not None and any(room.people.values()):
+        if room is not None and (any(room.people.values()) or any(room.elsewhere.values())):
             self._unread(self._linger)
         elif room is not None and (left := room.left + self._linger - time.monotonic()) > 0:
             self._unread(left)
@@ -229,9 +248,9 @@ class Generation:
         self.log.close()
         if self._abandon is not None:
             self._abandon.cancel()
-        if self.ask.room is not None:
+        if self.ask.room is not None and self._told:
             told = {"stream_id": self.id, "user_id": self.owner, "content": self.text(), **data}
-            self.ask.room.append(type, told)
+            self.ask.room.keeper.conclude(self.ask.room, type, told)
         self._on_end(self)
 
     def _fail(self, error: RivuletError) -> None:

@@ -31,8 +31,9 @@ class Generations:
         """How many run now."""
         return len(self._running)
 
-    def start(self, ask: Ask) -> Generation:
-        """Starts a generation, or finds the one that the same key has started.
+    async def start(self, ask: Ask) -> Generation:
+        """Starts a generation, or finds the one that the same key has started. Cancelling it starts
+        it all the same.
 
         Raises InvalidField where the key came with another body before, Unavailable where too many
         run. A key is free again when its generation failed or was abandoned.
@@ -46,7 +47,7 @@ class Generations:
         self._held[generation.id] = self._running[generation.id] = generation
         if ask.key is not None:
             self._keys[ask.key.scope, ask.key.key] = generation
-        generation.start()
+        await generation.start()
         return generation
 
     def started(self, key: Key | None) -> Generation | None:

@@ -99,14 +99,14 @@ class Log:
         """Bytes of what is held, roughly: text of runs, JSON of other events."""
         return self._bytes
 
-    def append(self, type: str, data: Mapping[str, Any]) -> Event:
+    def append(self, type: str, data: Mapping[str, Any], time_ms: int | None = None) -> Event:
         """Adds one event and returns it. Never blocks. On an open log it fails only for data that
-        is no JSON (TypeError), and then has changed nothing.
+        is no JSON (TypeError), and then has changed nothing. time_ms: when it came, if not now.
         """
         self._check_open()
         size = len(orjson.dumps(data))
         self.top += 1
-        event = Event(type, data, Position(self.epoch, self.top), now_ms(), self.origin)
+        event = Event(type, data, Position(self.epoch, self.top), time_ms or now_ms(), self.origin)
         self._items.append(event)
         self._starts.append(self.top)
         self._bytes += size
@@ -117,9 +117,9 @@ class Log:
             listener()
         return event
 
-    def extend(self, head: Mapping[str, Any], text: str) -> None:
+    def extend(self, head: Mapping[str, Any], text: str, time_ms: int | None = None) -> None:
         """Adds one delta: an event of type `delta` with the data of `head` and `content: text`.
-        Only for a log without bounds (a generation's).
+        Only for a log without bounds (a generation's). time_ms: as of `append`.
         """
         self._check_open()
         encoded = text.encode()
@@ -131,7 +131,7 @@ class Log:
             self._starts.append(self.top)
         run.text += encoded
         run.ends.append(len(run.text))
-        run.times.append(max(0, now_ms() - self._start))  # a clock may be set back
+        run.times.append(max(0, (time_ms or now_ms()) - self._start))  # a clock may be set back
         self._bytes += len(encoded)
         for listener in self.listeners:
             listener()

@@ -20,9 +20,49 @@ from streaming.config import Rooms as RoomsConfig
 from streaming.dialects import ENDINGS, is_text
 from streaming.errors import InvalidField, NotFound, Unavailable
 from streaming.events import JSON, Event, Position
-from streaming.log import Cursor, Gap, Log, now_ms
+from streaming.log import Cursor, FellBehind, Gap, Log, now_ms
 
 KEYS = 1000  # idempotency keys that a room remembers
+
+
+class Keeper:
+    """Who puts in order what is published in rooms, and keeps it: here, this process alone. A
+    bridge between instances, or a file, takes its place.
+    """
+
+    immediate = True  # `publish` returns in the turn of the loop in which it is called
+
+    async def open(self, room: Room) -> None:
+        """Brings a room to the present, before anybody reads it. Raises Unavailable."""
+
+    async def publish(
+        self, room: Room, events: Sequence[tuple[str, JSON]], key: tuple[str, str]
+    ) -> list[str]:
+        """See Room.publish."""
+        return room.add(events, key)
+
+    def conclude(self, room: Room, type: str, data: JSON) -> None:
+        """Tells the room of the end of a generation that has run in it, from here."""
+        room.append(type, data)
+
+    def running(self, room: Room, stream_id: str) -> Log | None:
+        """The log of a generation that runs elsewhere."""
+        return None
+
+    def entered(self, room: Room, user: str) -> None:
+        """The first connection of this person's has come in here."""
+
+    def left(self, room: Room, user: str) -> None:
+        """The last connection of this person's here has been gone for a while."""
+
+    def told(self, room: Room, event: Event) -> None:
+        """Passes on an ephemeral event that everybody here has been told."""
+
+    async def delete(self, room: Room) -> None:
+        """Lets go of all that is kept of it."""
+
+    def forget(self, room: Room) -> None:
+        """Nobody uses this room here any more."""
 
 
 class Room:
@@ -30,27 +70,45 @@ class Room:
     and its ending.
     """
 
-    def __init__(self, name: str, config: RoomsConfig, messages: int) -> None:
+    def __init__(
+        self, name: str, config: RoomsConfig, messages: int, keeper: Keeper | None = None
+    ) -> None:
         self.name = name
-        self.log = Log(
-            {"room": name},
-            max_events=config.events,
-            max_bytes=config.bytes,
-            max_age=config.age,
-        )
+        self.keeper = keeper or Keeper()
+        self.log = self._begin(config)
+        self._config = config
         self.messages: deque[Event] = deque(maxlen=messages)  # what was said, by whomever
+        self.starting: dict[str, Log] = {}  # of generations that are about to be told here
         self.running: dict[str, Log] = {}  # by stream id
-        self.people: dict[str, int] = {}  # connections by user
+        self.people: dict[str, int] = {}  # connections here, by user
+        self.elsewhere: dict[str, set[str]] = {}  # people by the instance that has them
         self.used = self.left = time.monotonic()  # left: when somebody last went
         self._keys: OrderedDict[tuple[str, str], tuple[bytes, list[str]]] = OrderedDict()
 
-    def append(self, type: str, data: JSON, running: Log | None = None) -> Event:
-        """Adds an event and folds it into the projections. running: the log of the generation that
-        this event (`started`) tells of.
-        """
-        event = self.log.append(type, data)
-        if type == "started" and running is not None:
-            self.running[data["stream_id"]] = running
+    def _begin(self, config: RoomsConfig, epoch: str | None = None, start: int = 0) -> Log:
+        bounds = {"max_events": config.events, "max_bytes": config.bytes}
+        return Log({"room": self.name}, epoch=epoch, start=start, max_age=config.age, **bounds)
+
+    def restart(self, epoch: str, start: int) -> None:
+        """Begins another life, after offset `start` of it: whoever reads this one falls behind."""
+        before, self.log = self.log, self._begin(self._config, epoch, start)
+        self.messages.clear()
+        for listener in before.listeners:
+            listener()
+
+    @property
+    def members(self) -> list[str]:
+        """Who is here, on any instance."""
+        return sorted(set(self.people).union(*self.elsewhere.values()))
+
+    def append(self, type: str, data: JSON, time_ms: int | None = None) -> Event:
+        """Adds an event and folds it into the projections. time_ms: see Log.append."""
+        event = self.log.append(type, data, time_ms)
+        if type == "started":
+            stream_id = data["stream_id"]
+            log = self.starting.pop(stream_id, None) or self.keeper.running(self, stream_id)
+            if log is not None:
+                self.running[stream_id] = log
         elif type in ENDINGS:
             self.running.pop(data["stream_id"], None)
         if type == "message" or (type in ENDINGS and data["content"]):
@@ -58,10 +116,18 @@ class Room:
         self.used = time.monotonic()
         return event
 
-    def publish(self, events: Sequence[tuple[str, JSON]], key: tuple[str, str]) -> list[str]:
-        """Adds these events, all in a row, and gives their ids; the same user and key give the
-        first ids again. Raises InvalidField where the events are others.
+    async def publish(
+        self, events: Sequence[tuple[str, JSON]], key: tuple[str, str] = ("", "")
+    ) -> list[str]:
+        """Publishes these events, all in a row, and gives their ids once this room holds them; the
+        same user and key give the first ids again. Cancelling it publishes them all the same.
+
+        Raises InvalidField where the events are others than the key's first, Unavailable.
         """
+        return await self.keeper.publish(self, events, key)
+
+    def add(self, events: Sequence[tuple[str, JSON]], key: tuple[str, str]) -> list[str]:
+        """As `publish`, where this process puts things in order."""
         if not key[1]:
             return [str(self.append(type, data).id) for type, data in events]
         digest = hashlib.sha256(orjson.dumps(events, option=orjson.OPT_SORT_KEYS)).digest()
@@ -102,7 +168,7 @@ class Room:
 
     def presence(self) -> Event:
         """Who is here, as an ephemeral event."""
-        return self.ephemeral("presence", {"members": sorted(self.people)})
+        return self.ephemeral("presence", {"members": self.members})
 
     def join(self, after: str | None) -> tuple[RoomCursor, list[Event]]:
         """A follower's cursor, and the events that bring it there: `joined` with all that it needs
@@ -118,12 +184,12 @@ class Room:
         position = Position(self.log.epoch, cursor.offset)
         data = {
             "recovered": after is not None and gap is None,
-            "members": sorted(self.people),
+            "members": self.members,
             "messages": [event for event in self.messages if event.id.offset <= cursor.offset],
             "active": active,
         }
         opening.append(Event("joined", data, position, now_ms(), self.log.origin))
-        return RoomCursor(self, cursor.offset, places), opening
+        return RoomCursor(self, self.log, cursor.offset, places), opening
 
     def _gap(self, gap: Gap) -> Event:
         return self.ephemeral("gap", {"requested": gap.requested, "resumed": str(gap.resumed)})
@@ -136,10 +202,11 @@ class RoomCursor:
     all that it said.
     """
 
-    __slots__ = ("_offset", "_places", "_room")
+    __slots__ = ("_log", "_offset", "_places", "_room")
 
-    def __init__(self, room: Room, offset: int, places: dict[str, Cursor]) -> None:
+    def __init__(self, room: Room, log: Log, offset: int, places: dict[str, Cursor]) -> None:
         self._room = room
+        self._log = log  # the room's, as long as it lives that life
         self._offset = offset
         self._places = places
 
@@ -151,12 +218,12 @@ class RoomCursor:
     @property
     def logs(self) -> list[Log]:
         """See Cursor.logs."""
-        return [self._room.log, *(place.log for place in self._places.values())]
+        return [self._log, *(place.log for place in self._places.values())]
 
     @property
     def closed(self) -> bool:
         """Whether the room has ended."""
-        return self._room.log.closed
+        return self._log.closed
 
     @property
     def ended(self) -> bool:
@@ -167,12 +234,13 @@ class RoomCursor:
     def behind(self) -> bool:
         """Whether something is there to be read."""
         places = self._places.values()
-        return self._offset < self._room.log.top or any(place.behind for place in places)
+        lost = self._log is not self._room.log
+        return lost or self._offset < self._log.top or any(place.behind for place in places)
 
     def copy(self) -> RoomCursor:
         """Another cursor at the same place."""
         places = {stream_id: place.copy() for stream_id, place in self._places.items()}
-        return RoomCursor(self._room, self._offset, places)
+        return RoomCursor(self._room, self._log, self._offset, places)
 
     def rejoined(self) -> list[Event]:
         """Who is here: the comings and goings of meanwhile were not told."""
@@ -180,8 +248,10 @@ class RoomCursor:
 
     def read(self, *, merge: bool = True, limit: int = 1 << 62) -> list[Event]:
         """As Cursor.read, of the room and what runs in it. Raises FellBehind."""
+        if self._log is not self._room.log:
+            raise FellBehind
         events: list[Event] = []
-        for event in self._room.log.read(self._offset, limit=limit):
+        for event in self._log.read(self._offset, limit=limit):
             if event.type == "started":
                 stream_id = event.data["stream_id"]
                 if stream_id in self._room.running and stream_id not in self._places:
@@ -207,7 +277,8 @@ class Rooms:
     `idle` seconds goes; where there are too many, the one that was used longest ago.
     """
 
-    def __init__(self, config: RoomsConfig, history: History) -> None:
+    def __init__(self, config: RoomsConfig, history: History, keeper: Keeper | None = None) -> None:
+        self.keeper = keeper or Keeper()
         self._config = config
         self._messages = history.messages
         self._rooms: OrderedDict[str, Room] = OrderedDict()  # least recently used first
@@ -225,6 +296,12 @@ class Rooms:
             raise NotFound("no such room", param="room")
         return room
 
+    async def open(self, name: str) -> Room:
+        """As `get`, brought to the present: what anybody is told of a room is told of this."""
+        room = self.get(name)
+        await self.keeper.open(room)
+        return room
+
     def find(self, name: str) -> Room | None:
         """The room of this name, if there is one."""
         return self._rooms.get(name)
@@ -239,7 +316,8 @@ class Rooms:
             self.sweep()
             if len(self._rooms) >= self._config.max_rooms:
                 raise Unavailable("too many rooms are in use", code="overloaded", retry_after=5)
-            room = self._rooms[name] = Room(name, self._config, self._messages)
+            room = Room(name, self._config, self._messages, self.keeper)
+            self._rooms[name] = room
         room.used = time.monotonic()
         self._rooms.move_to_end(name)
         return room
@@ -252,8 +330,12 @@ class Rooms:
             if room.running or room.people or room.log.listeners:
                 self._rooms.move_to_end(room.name)
             elif room.used < oldest:
-                del self._rooms[room.name]
+                self._forget(room)
             else:
                 unused.append(room)
         if unused and len(self._rooms) >= self._config.max_rooms:
-            del self._rooms[min(unused, key=lambda room: room.used).name]
+            self._forget(min(unused, key=lambda room: room.used))
+
+    def _forget(self, room: Room) -> None:
+        del self._rooms[room.name]
+        self.keeper.forget(room)
