@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import orjson
 from aiohttp import web
@@ -34,6 +35,9 @@ from streaming.presence import Presence
 from streaming.rooms import Rooms
 from streaming.upstream import OpenAIUpstream
 
+if TYPE_CHECKING:
+    from streaming.redis_bridge import RedisBridge
+
 logger = logging.getLogger("rivulet")
 
 BACKLOG = 4096  # connections waiting to be accepted: a reconnect storm comes at once
@@ -48,15 +52,38 @@ def build(config: Config) -> web.Application:
     app[CONFIG] = config
     app[STATE] = State()
     app[DELIVERY] = Delivery(config.delivery)
-    app[GENERATIONS] = Generations(config.generation, _models(config))
-    app[ROOMS] = Rooms(config.rooms, config.history)
+    bridge = _bridge(app)
+    keeper, mirror = (bridge.rooms, bridge.mirror) if bridge is not None else (None, None)
+    app[GENERATIONS] = Generations(config.generation, _models(config), mirror)
+    app[ROOMS] = Rooms(config.rooms, config.history, keeper)
     app[PRESENCE] = Presence(app[DELIVERY], config.rooms.grace)
     app[CHANNELS] = Channels(config.delivery, config.limits)
     for surface in (chat, openai_api, streams, rooms, websocket, channels, ops):
         app.add_routes(surface.routes())
     app.on_response_prepare.append(name_response)
     app.on_shutdown.append(_drain)
+    if bridge is not None:
+        bridge.join(app[ROOMS], app[GENERATIONS])
     return app
+
+
+def _bridge(app: web.Application) -> RedisBridge | None:
+    if not app[CONFIG].redis.url:
+        return None
+    from streaming.redis_bridge import RedisBridge  # only who asks for it needs it
+
+    bridge = RedisBridge(app[CONFIG], app[DELIVERY])
+    app[STATE].bridge = bridge
+
+    async def open(app: web.Application) -> None:
+        await bridge.start()
+
+    async def close(app: web.Application) -> None:
+        await bridge.close()
+
+    app.on_startup.append(open)
+    app.on_cleanup.append(close)
+    return bridge
 
 
 def _models(config: Config) -> Models:

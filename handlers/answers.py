@@ -141,8 +141,8 @@ def failure_of(request: web.Request, generation: Generation) -> RivuletError:
 def headers_of(generation: Generation) -> dict[str, str]:
     """Which stream this is, and which conversation."""
     headers = {"X-Stream-Id": generation.id}
-    if generation.ask.conversation_id:
-        headers["X-Conversation-Id"] = generation.ask.conversation_id
+    if generation.conversation_id:
+        headers["X-Conversation-Id"] = generation.conversation_id
     return headers
 
 
@@ -159,14 +159,15 @@ async def resume(
     text = last_event_id(request)
     if text is None:
         return None
-    position = Position.parse(text)
-    generation = request.app[GENERATIONS].find(position.epoch, request[USER]) if position else None
+    position, generation = Position.parse(text), None
+    if position is not None:
+        generation = await request.app[GENERATIONS].find(position.epoch, request[USER])
     gone = Gone("this position cannot be resumed", param="Last-Event-ID")
     if generation is None or position is None or not generation.log.holds(position):
         raise gone
     if request.match_info.get("id", generation.id) != generation.id:
         raise gone  # of another stream than the one at this address
-    if also is not None and generation.ask.dialect is also:
+    if also is not None and generation.dialect is also:
         dialect = also
     encoder = choose_encoder(request, dialect, default)
     return await attach(request, generation, encoder, position.offset)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from aiohttp import web
 
 from streaming.channels import Channels
@@ -12,10 +14,19 @@ from streaming.presence import Presence
 from streaming.rooms import Rooms
 
 
+class Bridge(Protocol):
+    """What links this instance to others."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it does now."""
+
+
 class State:
     """What changes over the life of the application."""
 
     draining = False
+    bridge: Bridge | None = None
 
 
 CHANNELS = web.AppKey("channels", Channels)

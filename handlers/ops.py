@@ -27,8 +27,10 @@ async def health(request: web.Request) -> web.Response:
 
 async def ready(request: web.Request) -> web.Response:
     """GET /ready: 200, or 503 when no new client should come here."""
-    if request.app[STATE].draining:
-        return json_response({"status": "draining"}, 503, {**_NO_STORE, "Retry-After": "1"})
+    state = request.app[STATE]
+    if state.draining or (state.bridge is not None and not state.bridge.ready):
+        why = "draining" if state.draining else "bridge_unavailable"
+        return json_response({"status": why}, 503, {**_NO_STORE, "Retry-After": "1"})
     return json_response({"status": "ready"}, headers=_NO_STORE)
 
 

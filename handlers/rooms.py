@@ -118,12 +118,15 @@ async def rooms(request: web.Request) -> web.Response:
 async def delete(request: web.Request) -> web.Response:
     """DELETE /api/v1/rooms/{room}: ends it and what runs in it; everybody in it is told `left`."""
     name, user = check_room(request.match_info["room"], request[USER]), request[USER]
-    room = request.app[ROOMS].delete(name)
+    rooms = request.app[ROOMS]
+    room = await rooms.seek(name)
+    if room is None:
+        raise NotFound("no such room", param="room")
     for stream_id in list(room.running):
-        if (generation := request.app[GENERATIONS].find(stream_id, user)) is not None:
+        if (generation := await request.app[GENERATIONS].find(stream_id, user)) is not None:
             generation.stop()
-    room.append("left", {"user_id": user})
-    room.log.close()
+    await rooms.keeper.delete(room, user)
+    rooms.end(name, user)
     return json_response({"deleted": True})
 
 

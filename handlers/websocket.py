@@ -151,9 +151,9 @@ class Connection:
         generation = await begin(self._app, self._user, self._request_id, question)
         return {"type": "ack", "stream_id": generation.id, "room": room.name}
 
-    def stop(self, frame: JSON) -> JSON:
+    async def stop(self, frame: JSON) -> JSON:
         stream_id = Fields(frame, self._limits).text("stream_id", most=128)
-        generation = self._app[GENERATIONS].find(stream_id, self._user)
+        generation = await self._app[GENERATIONS].find(stream_id, self._user)
         if generation is None:
             raise NotFound("no such stream", param="stream_id")
         generation.stop()

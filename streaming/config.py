@@ -28,11 +28,15 @@ _URL = (
     r"((?i:https?)://([\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[^\s?#]*)?)?",
     "must be an http:// or https:// URL without user, query and fragment",
 )
+_REDIS = (
+    r"((rediss?|unix|rediss?\+sentinel)://[!-~]+)?",
+    "must be a redis://, rediss://, unix:// or redis+sentinel:// URL",
+)
 
 
 def _key(default: Any, help: str, **rules: Any) -> Any:
     """A field with its help line and its rules: choices, form, or min and max."""
-    secret = rules.get("form") is _SECRET
+    secret = rules.get("form") in (_SECRET, _REDIS)
     return field(default=default, repr=not secret, metadata={"help": help, **rules})
 
 
@@ -153,6 +157,15 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Redis:
+    """The bridge to other instances; without a url there is none."""
+
+    url: str = _text("", _REDIS, "redis://, rediss://, unix:// or redis+sentinel://.")
+    prefix: str = _text("rivulet:", _SECRET, "Of all keys and channels of ours.")
+    lease: float = _number(10.0, 0.1, 3600, "Seconds of silence after which an instance is lost.")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Everything that can be configured. Its repr shows no API key."""
 
@@ -164,6 +177,7 @@ class Config:
     delivery: Delivery = Delivery()
     rooms: Rooms = Rooms()
     history: History = History()
+    redis: Redis = Redis()
     limits: Limits = Limits()
 
 

@@ -136,6 +136,12 @@ class Log:
         for listener in self.listeners:
             listener()
 
+    def skip(self, offset: int) -> None:
+        """Leaves a hole: the next event comes after this offset. Only for the end of a log whose
+        writer is lost: nobody knows how far readers of it have come.
+        """
+        self.top = offset
+
     def close(self) -> None:
         """No event comes after this: whoever has read to the top is at the end."""
         self.closed = True
@@ -157,10 +163,11 @@ class Log:
         for index in range(first, len(self._items)):
             item = self._items[index]
             if isinstance(item, Run):
-                after, limit = self._read_run(item, after, merge, limit, events)
+                if after < item.first + len(item.ends) - 1:  # else a skip follows it
+                    after, limit = self._read_run(item, after, merge, limit, events)
             else:
                 events.append(item)
-                after += 1
+                after = item.id.offset
                 limit -= 256  # about what its JSON takes beside its data: a bound on work too
                 limit -= self._sizes[index] if self._sizes else 0
             if limit <= 0:

@@ -18,7 +18,7 @@ import orjson
 from streaming.config import History
 from streaming.config import Rooms as RoomsConfig
 from streaming.dialects import ENDINGS, is_text
-from streaming.errors import InvalidField, NotFound, Unavailable
+from streaming.errors import InvalidField, Unavailable
 from streaming.events import JSON, Event, Position
 from streaming.log import Cursor, FellBehind, Gap, Log, now_ms
 
@@ -58,8 +58,8 @@ class Keeper:
     def told(self, room: Room, event: Event) -> None:
         """Passes on an ephemeral event that everybody here has been told."""
 
-    async def delete(self, room: Room) -> None:
-        """Lets go of all that is kept of it."""
+    async def delete(self, room: Room, user: str) -> None:
+        """Lets go of all that is kept of it elsewhere, and says who wanted that."""
 
     def forget(self, room: Room) -> None:
         """Nobody uses this room here any more."""
@@ -289,18 +289,26 @@ class Rooms:
     def __iter__(self) -> Iterator[Room]:
         return iter(self._rooms.values())
 
-    def delete(self, name: str) -> Room:
-        """Forgets a room and returns it, to be ended for everybody in it. Raises NotFound."""
-        room = self._rooms.pop(name, None)
-        if room is None:
-            raise NotFound("no such room", param="room")
-        return room
+    def end(self, name: str, user: str) -> None:
+        """Ends a room for everybody in it: this person has deleted it."""
+        if (room := self._rooms.pop(name, None)) is not None:
+            self.keeper.forget(room)
+            room.append("left", {"user_id": user})
+            room.log.close()
 
     async def open(self, name: str) -> Room:
         """As `get`, brought to the present: what anybody is told of a room is told of this."""
         room = self.get(name)
         await self.keeper.open(room)
         return room
+
+    async def seek(self, name: str) -> Room | None:
+        """The room of this name, here or elsewhere, if anything is known of it."""
+        room = self._rooms.get(name)
+        if room is not None or self.keeper.immediate:
+            return room
+        room = await self.open(name)
+        return room if room.log.top or room.members else None
 
     def find(self, name: str) -> Room | None:
         """The room of this name, if there is one."""

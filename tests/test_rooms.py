@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streaming import config
-from streaming.errors import InvalidField, NotFound, Unavailable
+from streaming.errors import InvalidField, Unavailable
 from streaming.log import Log
 from streaming.rooms import Room, Rooms
 from tests.properties import property_test
@@ -276,13 +276,14 @@ def test_a_room_with_people_in_it_is_not_forgotten(time: Time) -> None:
 
 
 def test_a_deleted_room_is_forgotten() -> None:
-    """The next of its name is another; one that is not there cannot be deleted."""
+    """Its readers are told; the next of its name is another."""
     rooms = registry()
     first = rooms.get("a")
-    assert rooms.delete("a") is first
+    rooms.end("a", "u")
+    assert first.log.closed and first.log.read(0)[-1].type == "left"
     assert rooms.find("a") is None and rooms.get("a") is not first
-    with pytest.raises(NotFound):
-        rooms.delete("b")
+    rooms.end("b", "u")
+    assert rooms.find("b") is None
 
 
 def test_a_forgotten_room_comes_back_as_a_new_one(time: Time) -> None:

@@ -1,0 +1,308 @@
+"""Rooms whose order Redis decides, because they have many writers.
+
+A room's log changes only in that order: from what is heard on its channel or from a publisher's own
+reply, whichever comes first, by offset; a hole is filled from its stream. A room that nobody uses
+here is let go of, and read anew when somebody comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import itertools
+import time
+from collections.abc import Coroutine, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import orjson
+
+from streaming import config
+from streaming.delivery import Delivery
+from streaming.errors import InvalidField, TooLarge, Unavailable
+from streaming.events import JSON, Event, new_epoch
+from streaming.log import Log, now_ms
+from streaming.redis_link import Link
+from streaming.redis_scripts import LOOK, PUBLISH
+from streaming.rooms import KEYS, Keeper, Room, Rooms
+
+if TYPE_CHECKING:
+    from streaming.redis_mirror import RedisMirror
+
+MESSAGE_BYTES = 16 << 20  # Redis cuts a subscriber that has more than 32 MB to take
+CONCLUDE_EVERY = 1.0  # seconds between two attempts to tell a room of an end
+
+
+class _Held:
+    """A room that is subscribed to."""
+
+    __slots__ = ("loading", "opened", "pending", "room")
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.opened = False
+        self.loading: asyncio.Task[None] | None = None
+        self.pending: list[bytes] = []  # heard while it loads
+
+
+class RedisRooms(Keeper):
+    """Keeps the rooms of this instance at what Redis holds.
+
+    link: is up while Redis is heard. me: this instance's name. prefix: of all keys.
+    """
+
+    immediate = False
+
+    def __init__(
+        self, link: Link, me: str, prefix: str, cfg: config.Rooms, delivery: Delivery
+    ) -> None:
+        self._link = link
+        self._me = me
+        self._prefix = prefix
+        self._config = cfg
+        self._delivery = delivery
+        self._held: dict[str, _Held] = {}
+        self._count = itertools.count()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.rooms: Rooms  # whose keeper this is
+        self.mirror: RedisMirror
+
+    def _key(self, room: Room, kind: str) -> str:
+        return f"{self._prefix}room:{{{quote(room.name, safe='')}}}:{kind}"
+
+    def _keys(self, room: Room) -> list[str]:
+        return [self._key(room, "meta"), self._key(room, "log")]
+
+    @property
+    def _life(self) -> tuple[str, int]:
+        return new_epoch(), int(self._config.age * 1000)
+
+    # --- what is held here
+
+    async def open(self, room: Room) -> None:
+        """See Keeper.open: subscribed first, then read, so that nothing is between the two. A room
+        that is held already is what it is, also while Redis is away.
+        """
+        held = self._held.get(room.name)
+        if held is None or held.room is not room:
+            held = self._held[room.name] = _Held(room)
+            held.loading = asyncio.create_task(self._open(held))
+        if not held.opened and held.loading is not None:
+            await asyncio.shield(held.loading)
+
+    async def _open(self, held: _Held) -> None:
+        try:
+            channel = self._key(held.room, "events")
+            await self._link.subscribe(channel, partial(self._hear, held))
+            await self._load(held)
+        except BaseException:
+            self.forget(held.room)
+            raise
+        held.opened = True
+
+    def forget(self, room: Room) -> None:
+        """See Keeper.forget."""
+        held = self._held.get(room.name)
+        if held is not None and held.room is room:
+            del self._held[room.name]
+            self._link.unsubscribe(self._key(room, "events"))
+
+    def restored(self) -> None:
+        """Redis is heard again: every room catches up, and says who is here."""
+        for held in self._held.values():
+            if held.opened:
+                self._reload(held)
+            for user in held.room.people:
+                self.entered(held.room, user)
+
+    def _reload(self, held: _Held) -> asyncio.Task[None]:
+        if held.loading is None or held.loading.done():
+            held.loading = self._task(self._load(held))
+        return held.loading
+
+    def _task(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        async def quiet() -> None:
+            with contextlib.suppress(Unavailable):  # done again when Redis is back
+                await coroutine
+
+        task = asyncio.create_task(quiet())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _load(self, held: _Held) -> None:
+        room, log = held.room, held.room.log
+        (epoch, top, entries), people = await asyncio.gather(
+            self._link.call(LOOK, self._keys(room), *self._life, log.epoch, log.top),
+            self._link.command("HKEYS", self._key(room, "people")),
+        )
+        first = _offset(entries[0]) if entries else top + 1
+        if epoch.decode() != room.log.epoch or first > room.log.top + 1:
+            room.restart(epoch.decode(), first - 1)
+        for entry in entries:
+            if _offset(entry) > room.log.top:  # a publisher's reply may have been quicker
+                room.append(*orjson.loads(entry[1][1]))
+        self._meet(room, [name.decode().partition(" ") for name in people])
+        held.opened, pending, held.pending = True, held.pending, []
+        for message in pending:
+            self._take(held, message)
+
+    def _hear(self, held: _Held, message: bytes) -> None:
+        if not held.opened or (held.loading is not None and not held.loading.done()):
+            held.pending.append(message)
+        else:
+            self._take(held, message)
+
+    def _take(self, held: _Held, message: bytes) -> None:
+        if message[:1] == b"{":
+            self._passing(held.room, orjson.loads(message))
+        else:
+            epoch, first, events = message.split(b" ", 2)
+            self._apply(held, epoch.decode(), int(first), orjson.loads(events))
+
+    def _apply(self, held: _Held, epoch: str, first: int, events: Sequence[Sequence[Any]]) -> None:
+        room = held.room
+        if epoch != room.log.epoch or first > room.log.top + 1:
+            self._reload(held)
+            return
+        for event in events[room.log.top + 1 - first :]:
+            room.append(*event)
+
+    # --- publishing
+
+    async def publish(
+        self, room: Room, events: Sequence[tuple[str, JSON]], key: tuple[str, str]
+    ) -> list[str]:
+        """See Room.publish. A call that Redis did not answer is repeated with the same key."""
+        user, given = key
+        digest, name = "-", f"{self._me} {next(self._count)}"
+        if given:
+            digest = hashed(orjson.dumps(events, option=orjson.OPT_SORT_KEYS))
+            name = hashed(f"{user}\n{given}".encode())
+        now = now_ms()
+        told = [orjson.dumps([type, data, now]) for type, data in events]
+        if sum(map(len, told)) > MESSAGE_BYTES:
+            raise TooLarge(f"more than {MESSAGE_BYTES} bytes at once", param="body")
+        keys = [*self._keys(room), self._key(room, "keys"), self._key(room, "order")]
+        bounds = KEYS, self._config.events, self._config.bytes
+        channel = self._key(room, "events")
+        reply = await self._link.call(
+            PUBLISH, keys, *self._life, channel, name, digest, *bounds, *told
+        )
+        if len(reply) == 1:
+            before, *reply = reply[0].split()
+            if before.decode() != digest:
+                raise InvalidField("Idempotency-Key", "was used before with a different body")
+        epoch, first = reply[0].decode(), int(reply[1])
+        last = first + len(events) - 1
+        held = self._held.get(room.name)
+        if held is not None and held.opened:
+            self._apply(held, epoch, first, [(type, data, now) for type, data in events])
+            if held.room.log.epoch != epoch or held.room.log.top < last:
+                await asyncio.shield(self._reload(held))
+        return [f"{epoch}-{offset}" for offset in range(first, last + 1)]
+
+    def conclude(self, room: Room, type: str, data: JSON) -> None:
+        """See Keeper.conclude: once it is mirrored, and as soon as Redis is there."""
+        self._task(self._conclude(room, type, data))
+
+    async def _conclude(self, room: Room, type: str, data: JSON) -> None:
+        await self.mirror.mirrored(data["stream_id"])
+        while True:
+            try:
+                await self.publish(room, [(type, data)], ("", f"end {data['stream_id']}"))
+                return
+            except Unavailable:
+                await asyncio.sleep(CONCLUDE_EVERY)
+
+    def running(self, room: Room, stream_id: str) -> Log | None:
+        """See Keeper.running."""
+        return self.mirror.running(room, stream_id)
+
+    # --- who is here, and what passes by
+
+    def entered(self, room: Room, user: str) -> None:
+        """See Keeper.entered. A field each; those of an instance that crashed go with it."""
+        if self._link.up:
+            self._link.command("HSET", self._key(room, "people"), f"{self._me} {user}", "")
+            self._say(room, {"in": user})
+
+    def left(self, room: Room, user: str) -> None:
+        """See Keeper.left."""
+        if self._link.up:
+            self._link.command("HDEL", self._key(room, "people"), f"{self._me} {user}")
+            self._say(room, {"out": user})
+
+    def told(self, room: Room, event: Event) -> None:
+        """See Keeper.told."""
+        self._say(room, {"told": [event.type, event.data]})
+
+    def _say(self, room: Room, word: JSON) -> None:
+        self._link.say(self._key(room, "events"), orjson.dumps({"by": self._me, **word}))
+
+    def _passing(self, room: Room, word: JSON) -> None:
+        by = word["by"]
+        if by == self._me:
+            return
+        people = room.elsewhere.setdefault(by, set())
+        if "in" in word:
+            self._meet(room, [(by, " ", user) for user in {*people, word["in"]}], only=by)
+        elif "out" in word:
+            self._meet(room, [(by, " ", user) for user in people - {word["out"]}], only=by)
+        elif "told" in word:
+            self._delivery.broadcast(room, room.ephemeral(*word["told"]))
+        elif "deleted" in word:
+            self.rooms.end(room.name, word["deleted"])
+
+    def _meet(self, room: Room, people: Sequence[tuple[str, str, str]], only: str = "") -> None:
+        """Takes these for the people elsewhere (those of `only` alone), and tells who came and who
+        went.
+        """
+        before = set(room.members)
+        for instance in [only] if only else list(room.elsewhere):
+            room.elsewhere.pop(instance, None)
+        for instance, _, user in people:
+            if instance != self._me:
+                room.elsewhere.setdefault(instance, set()).add(user)
+        after = set(room.members)
+        for type, users in (("user_joined", after - before), ("user_left", before - after)):
+            for user in sorted(users):
+                self._delivery.broadcast(room, room.ephemeral(type, {"userId": user}))
+        if before - after:
+            room.left = time.monotonic()
+
+    def instances(self) -> set[str]:
+        """The other instances that have people in rooms held here."""
+        return {instance for held in self._held.values() for instance in held.room.elsewhere}
+
+    def gone(self, instance: str) -> None:
+        """This instance is no more: its people leave."""
+        for held in self._held.values():
+            if instance in held.room.elsewhere:
+                fields = [f"{instance} {user}" for user in held.room.elsewhere[instance]]
+                if fields and self._link.up:
+                    self._link.command("HDEL", self._key(held.room, "people"), *fields)
+                self._meet(held.room, [], only=instance)
+
+    async def delete(self, room: Room, user: str) -> None:
+        """See Keeper.delete."""
+        kinds = ("meta", "log", "keys", "order", "people")
+        await self._link.command("DEL", *(self._key(room, kind) for kind in kinds))
+        self._say(room, {"deleted": user})
+
+    async def close(self) -> None:
+        """Ends what still tries."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _offset(entry: Sequence[bytes]) -> int:
+    return int(entry[0].partition(b"-")[0])
+
+
+def hashed(text: bytes) -> str:
+    """A digest, short enough for a key."""
+    return hashlib.sha256(text).hexdigest()
