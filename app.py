@@ -57,7 +57,8 @@ def build(config: Config) -> web.Application:
     app[GENERATIONS] = Generations(config.generation, _models(config), mirror)
     app[ROOMS] = Rooms(config.rooms, config.history, keeper)
     app[PRESENCE] = Presence(app[DELIVERY], config.rooms.grace)
-    app[CHANNELS] = Channels(config.delivery, config.limits)
+    relay = bridge.link if bridge is not None else None
+    app[CHANNELS] = Channels(config.delivery, config.limits, relay)
     for surface in (chat, openai_api, streams, rooms, websocket, channels, ops):
         app.add_routes(surface.routes())
     app.on_response_prepare.append(name_response)

@@ -124,6 +124,10 @@ class Link:
         if self.up:
             self.command("PUBLISH", channel, message)
 
+    async def publish(self, channel: str, message: bytes) -> int:
+        """Publishes a message; how many instances hear it. Raises Unavailable."""
+        return int(await self.command("PUBLISH", channel, message))
+
     def _put(self, call: _Call) -> asyncio.Future[Any]:
         if not self.up:
             raise unavailable()
