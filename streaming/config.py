@@ -55,6 +55,7 @@ class Server:
 
     host: str = _text("127.0.0.1", _NAME, "Address to listen on; 0.0.0.0 is every interface.")
     port: int = _number(8080, 0, 65535, "With 0 the system picks a port, and the log says which.")
+    workers: int = _number(1, 1, 1024, "Processes on the port; more than one are joined by Redis.")
     loop: str = _key("asyncio", 'Event loop: "asyncio" or "uvloop".', choices=("asyncio", "uvloop"))
     drain: float = _number(10.0, 0, 3600, "Seconds after SIGTERM in which answers may finish.")
     access_log: bool = _key(True, "One JSON line on stderr for each request.")
@@ -246,7 +247,7 @@ def load(
         labels["model.api_key"] = "OPENAI_API_KEY"
 
     config: Config = _table(Config, draft, "", problems)
-    if not any(path.startswith(("model", "upstreams")) for path in problems):
+    if not any(path.startswith(("model", "upstreams", "server", "redis")) for path in problems):
         problems |= _across(config)
     if problems:
         lines = []
@@ -331,6 +332,8 @@ def _across(config: Config) -> dict[str, str]:
     known = {model.name}.union(*(upstream.models for upstream in upstreams))
     demo = (not model.base_url and is_demo(model.name)) or any(not u.base_url for u in upstreams)
     problems: dict[str, str] = {}
+    if config.server.workers > 1 and not config.redis.url:
+        problems["server.workers"] = "more than one needs redis.url, which joins them"
     names: set[str] = set()
     models: set[str] = set()
     for number, upstream in enumerate(upstreams):
