@@ -218,8 +218,20 @@ async def _serve(config: Config, listener: socket.socket, url: str) -> None:
     # A second SIGTERM does not give up the drain; a person's second Ctrl-C does.
     asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
     await site.stop()
+    _close_idle(runner)
     await app.shutdown()
     await runner.cleanup()
+
+
+def _close_idle(runner: web.AppRunner) -> None:
+    """Closes the connections that wait for a request, so that a proxy which keeps some open asks
+    another instance, and not this one that would refuse. aiohttp's own `pre_shutdown` closes those
+    at work too: their WebSockets would hear nothing more.
+    """
+    assert runner.server is not None
+    for connection in runner.server.connections:
+        if connection._current_request is None:
+            connection.force_close()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -48,6 +48,8 @@ async def doors(request: web.Request, handler: Handler) -> web.StreamResponse:
         except Exception as error:
             response = _refusal(request, error)
         status = response.status
+        if request.app[STATE].draining:
+            response.force_close()  # a stream from before: no request may follow it here
         return response
     finally:
         if request.app[CONFIG].server.access_log:

@@ -16,11 +16,13 @@ import pytest
 from tests import processes
 from tests.browser import Browser
 from tests.front import Front
+from tests.nginx import Way
 from tests.processes import Server, UpstreamProcess
 
 SOAK = os.environ.get("SOAK") == "1"
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 StartServer = Callable[..., Server]
+StartNginx = Callable[..., Way]
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +96,22 @@ async def front() -> AsyncIterator[Callable[[str], Any]]:
     yield start
     for each in started:
         await each.stop()
+
+
+@pytest.fixture(params=[False, True], ids=["one nginx", "two nginx"])
+def nginx(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StartNginx]:
+    """Puts nginx, and then two in a row, before instances: `nginx(a.url, b.url)`; see `Way` in
+    tests/nginx.py for what more it takes.
+    """
+    started: list[Way] = []
+
+    def start(*targets: str, **more: Any) -> Way:
+        started.append(Way(tmp_path, targets, request.param, **more))
+        return started[-1]
+
+    yield start
+    for way in started:
+        way.stop()
 
 
 @pytest.fixture

@@ -35,11 +35,15 @@ async def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
 class Process:
     """A child process. Its output is read all the time, so that it never blocks on it."""
 
-    def __init__(self, command: list[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: list[str], env: Mapping[str, str], files: tuple[int, ...] = ()
+    ) -> None:
+        """files: descriptors of ours that it inherits."""
         self.child = subprocess.Popen(
             command,
             cwd=ROOT,
             env=dict(env),
+            pass_fds=files,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
