@@ -31,6 +31,8 @@ from streaming.log import FellBehind, Log, now_ms
 
 READ_LIMIT = 256 * 1024  # bytes of text in one read of a sink that catches up: its share of memory
 DEAD = 120.0  # seconds until a machine that acknowledges nothing is given up by the kernel
+REST_AFTER = 0.001  # seconds of writing after which a feed rests as long, ...
+REST_MOST = 0.05  # ... at most
 OUTQ = termios.TIOCOUTQ  # also called SIOCOUTQ
 
 
@@ -176,6 +178,7 @@ class Feed:
         self._delivery = delivery
         self._groups: dict[tuple[Encoder, bool], set[Sink]] = {}
         self._scheduled = False
+        self._rests = 0.0  # until then, as the loop has it
         self._loop = asyncio.get_running_loop()  # asking for it costs a system call each time
         self._logs: list[Log] = []
         self.listen(cursor.logs)
@@ -210,7 +213,10 @@ class Feed:
         # What comes in one turn of the loop goes out in one write.
         if not self._scheduled:
             self._scheduled = True
-            self._loop.call_soon(self.flush)
+            if self._rests > self._loop.time():
+                self._loop.call_at(self._rests, self.flush)
+            else:
+                self._loop.call_soon(self.flush)
 
     def flush(self) -> None:
         """Writes what is new to every live sink. At the end of the source lets them go: each reads
@@ -229,6 +235,7 @@ class Feed:
             self._put_out([sink for sinks in self._groups.values() for sink in sinks])
             return
         self.listen(self.cursor.logs)
+        began = self._loop.time()
         lagging: list[Sink] = []
         for (encoder, chunked), sinks in self._groups.items():
             if not encoder.dialect.merge:
@@ -236,6 +243,11 @@ class Feed:
             _write_all(sinks, encoder.encode(events), chunked, lagging)
         self._delivery.silence.touch(self)
         self._put_out(lagging)
+        # Writing to a thousand takes milliseconds, and a write of four events hardly more than a
+        # write of one. So a large and busy room leaves half of the time to others, and what it is
+        # told meanwhile goes out together.
+        took = self._loop.time() - began
+        self._rests = began + took + min(took, REST_MOST) if took > REST_AFTER else 0.0
 
     def broadcast(self, event: Event) -> None:
         """Writes an ephemeral event to every live sink, after what is there already."""
