@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import orjson
@@ -44,6 +45,7 @@ logger = logging.getLogger("rivulet")
 BACKLOG = 4096  # connections waiting to be accepted: a reconnect storm comes at once
 LINE_BYTES = 65536  # of a request's first line: a GET's prompt is there, up to 12 bytes a character
 KEEPALIVE = 75.0  # seconds; longer than nginx keeps its side, so that it never meets a closed one
+HELD = 60.0  # seconds that an instance goes on hearing a room that nobody reads there
 WORKER_PAUSE = 0.5  # seconds before a worker that broke is started anew
 CUT_WAIT = 2.0  # seconds for cut streams to say their last, then for handlers to return
 
@@ -55,9 +57,12 @@ def build(config: Config) -> web.Application:
     app[STATE] = State()
     app[DELIVERY] = Delivery(config.delivery)
     bridge = _bridge(app)
-    keeper, mirror = (bridge.rooms, bridge.mirror) if bridge is not None else (None, None)
+    keeper, mirror, rooms = None, None, config.rooms
+    if bridge is not None:
+        keeper, mirror = bridge.rooms, bridge.mirror
+        rooms = replace(rooms, idle=min(rooms.idle, HELD))  # Redis has them
     app[GENERATIONS] = Generations(config.generation, _models(config), mirror)
-    app[ROOMS] = Rooms(config.rooms, config.history, keeper)
+    app[ROOMS] = Rooms(rooms, config.history, keeper)
     app[PRESENCE] = Presence(app[DELIVERY], config.rooms.grace)
     relay = bridge.link if bridge is not None else None
     app[CHANNELS] = Channels(config.delivery, config.limits, relay)
