@@ -57,12 +57,12 @@ def build(config: Config) -> web.Application:
     app[STATE] = State()
     app[DELIVERY] = Delivery(config.delivery)
     bridge = _bridge(app)
-    keeper, mirror, rooms = None, None, config.rooms
+    keeper, mirror, kept = None, None, config.rooms
     if bridge is not None:
         keeper, mirror = bridge.rooms, bridge.mirror
-        rooms = replace(rooms, idle=min(rooms.idle, HELD))  # Redis has them
+        kept = replace(kept, idle=min(kept.idle, HELD))  # Redis has them
     app[GENERATIONS] = Generations(config.generation, _models(config), mirror)
-    app[ROOMS] = Rooms(rooms, config.history, keeper)
+    app[ROOMS] = Rooms(kept, config.history, keeper)
     app[PRESENCE] = Presence(app[DELIVERY], config.rooms.grace)
     relay = bridge.link if bridge is not None else None
     app[CHANNELS] = Channels(config.delivery, config.limits, relay)
