@@ -85,6 +85,15 @@ class Generation:
         """Whether anything of the answer has come."""
         return self.log.size > 0 and any(event.type == "delta" for event in self.log.read(1))
 
+    def keeps_key(self, key: Key) -> bool:
+        """Whether whoever comes with this key, which has started it, finds it: not where it failed
+        or was abandoned.
+        """
+        if self.ending is None:
+            return True
+        abandoned = self.ending.data.get("reason") == "abandoned"
+        return not (key.flight or self.ending.type == "failed" or abandoned)
+
     def stop(self) -> None:
         """Ends it as `cancelled` and closes the upstream's connection; after the end, nothing."""
         raise NotImplementedError

@@ -37,25 +37,27 @@ return {epoch, top, redis.call('XRANGE', KEYS[2], (after + 1) .. '-0', '+')}
 )
 
 # KEYS: hash, stream, what idempotency keys have done, these keys in order. ARGV: as of LOOK the
-# first two; channel; the key; digest; how many keys, events and bytes the room keeps; the events.
-# Returns epoch and first offset, or what the key did: digest, epoch, first offset, with spaces.
+# first two; the key; digest; how many keys, events and bytes the room keeps; channel; "there" if
+# the room must be there, or ""; the events. Returns epoch and first offset, or what the key did:
+# digest, epoch, first offset, with spaces; or nothing where there is no room.
 PUBLISH = Script(
     """
-local done = redis.call('HGET', KEYS[3], ARGV[4])
+local done = redis.call('HGET', KEYS[3], ARGV[3])
 if done then return {done} end
+if ARGV[9] ~= '' and redis.call('EXISTS', KEYS[1]) == 0 then return {} end
 """
     + _LIFE
     + """
 local first, told = top + 1, {}
-for i = 9, #ARGV do
+for i = 10, #ARGV do
   top = top + 1
   bytes = bytes + #ARGV[i]
   redis.call('XADD', KEYS[2], top .. '-0', 'e', ARGV[i])
   told[#told + 1] = ARGV[i]
 end
-local most = tonumber(ARGV[8])
+local most = tonumber(ARGV[7])
 local held = redis.call('XLEN', KEYS[2])
-while held > 1 and (held > tonumber(ARGV[7]) or bytes > most) do
+while held > 1 and (held > tonumber(ARGV[6]) or bytes > most) do
   local oldest = redis.call('XRANGE', KEYS[2], '-', '+', 'COUNT', 1)[1]
   bytes = bytes - #oldest[2][2]
   redis.call('XDEL', KEYS[2], oldest[1])
@@ -63,16 +65,20 @@ while held > 1 and (held > tonumber(ARGV[7]) or bytes > most) do
 end
 redis.call('HSET', KEYS[1], 'top', top, 'bytes', bytes)
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
-redis.call('HSET', KEYS[3], ARGV[4], ARGV[5] .. ' ' .. epoch .. ' ' .. first)
-if redis.call('RPUSH', KEYS[4], ARGV[4]) > tonumber(ARGV[6]) then
+redis.call('HSET', KEYS[3], ARGV[3], ARGV[4] .. ' ' .. epoch .. ' ' .. first)
+if redis.call('RPUSH', KEYS[4], ARGV[3]) > tonumber(ARGV[5]) then
   redis.call('HDEL', KEYS[3], redis.call('LPOP', KEYS[4]))
 end
 redis.call('PEXPIRE', KEYS[3], ARGV[2])
 redis.call('PEXPIRE', KEYS[4], ARGV[2])
-redis.call('PUBLISH', ARGV[3], epoch .. ' ' .. first .. ' [' .. table.concat(told, ',') .. ']')
+redis.call('PUBLISH', ARGV[8], epoch .. ' ' .. first .. ' [' .. table.concat(told, ',') .. ']')
 return {epoch, first}
 """
 )
+
+# KEYS: all that is kept of a room. ARGV: channel; what to say there. At once, so that nobody begins
+# the room anew before those who are in it know.
+DELETE = Script("redis.call('DEL', unpack(KEYS)) redis.call('PUBLISH', ARGV[1], ARGV[2])")
 
 # KEYS: hash, stream. ARGV: channel; who makes it; milliseconds that it is kept; first and last
 # offset of these events; the events; the ending's type, or "". Returns "ok", "lost" where nothing
@@ -96,17 +102,33 @@ return 'ok'
 )
 
 # Ends a generation whose maker is lost, far above all that the maker may have said. KEYS: hash,
-# stream. ARGV: channel; who ends it; how far above; the ending. Returns 1 where this call did it.
+# stream. ARGV: channel; who ends it; how far above; the ending. Returns the ending's offset where
+# this call did it, 0 where another has, -1 where nothing is known of it.
 END = Script(
     """
 local meta = redis.call('HMGET', KEYS[1], 'maker', 'top', 'ended')
-if not meta[1] or meta[3] then return 0 end
+if not meta[1] then return -1 end
+if meta[3] then return meta[3] == ARGV[2] and tonumber(meta[2]) or 0 end
 local offset = tonumber(meta[2]) + tonumber(ARGV[3])
 redis.call('XADD', KEYS[2], offset .. '-0', 'e', ARGV[4])
 redis.call('HSET', KEYS[1], 'top', offset, 'ended', ARGV[2])
 local left = redis.call('PTTL', KEYS[1])
 if left > 0 then redis.call('PEXPIRE', KEYS[2], left) end
 redis.call('PUBLISH', ARGV[1], offset .. ' ' .. ARGV[4])
-return 1
+return offset
 """
 )
+
+# Takes an idempotency key for a generation. KEYS: the key. ARGV: what it is to hold; what it may
+# hold besides, being of no worth; milliseconds. Returns what another has put there, or nil.
+CLAIM = Script(
+    """
+local held = redis.call('GET', KEYS[1])
+if held and held ~= ARGV[1] and held ~= ARGV[2] then return held end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[3])
+return false
+"""
+)
+
+# Frees an idempotency key. KEYS: the key. ARGV: what it holds if it is ours.
+FREE = Script("if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end")
