@@ -188,6 +188,7 @@ class Replicas:
             if offset <= log.top or log.closed:
                 continue
             if offset > log.top + 1:
+                replica.hole = log.top
                 log.skip(offset - 1)
             if isinstance(type, dict):
                 log.extend(type, data, time_ms)
