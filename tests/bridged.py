@@ -29,11 +29,13 @@ class Instances:
         }
         self.servers: list[Server] = []
 
-    async def add(self, count: int = 1, url: str | None = None) -> list[Server]:
-        """Starts so many more; url: of their way to Redis, if it is another one."""
-        config = self.config
-        if url is not None:
-            config = {**config, "redis": {**config["redis"], "url": url}}
+    async def add(self, count: int = 1, url: str = "", **more: Any) -> list[Server]:
+        """Starts so many more, with other sections of configuration; url: of their way to Redis, if
+        it is another one.
+        """
+        config = {**self.config, **more}
+        if url:
+            config["redis"] = {**config["redis"], "url": url}
         starting = [
             asyncio.to_thread(Server, self.directory / str(len(self.servers) + n), config)
             for n in range(count)
