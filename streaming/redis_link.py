@@ -224,12 +224,14 @@ class Link:
         while True:
             pubsub = self._redis.pubsub()
             try:
-                missing = set(self._handlers)
+                missing, begun = set(self._handlers), time.monotonic()
                 await pubsub.subscribe(*missing)
                 self._pubsub = pubsub
                 if late := set(self._handlers) - missing:
                     await pubsub.subscribe(*late)
                 while (message := await pubsub.get_message(timeout=DEAF)) is not None:
+                    if missing and time.monotonic() - begun > DEAF:
+                        break  # others are heard, and these were never confirmed
                     channel = message["channel"].decode()
                     if message["type"] == "message":
                         self._hear(channel, message["data"])
