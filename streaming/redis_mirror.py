@@ -178,10 +178,10 @@ class RedisMirror:
                 asyncio.get_running_loop().call_later(AGAIN, self._flush)
             return
         reply = answer.result()
-        if reply == b"fenced":
+        if isinstance(reply, int) and reply < 0:
             self._drop(mirrored)
             self.generations.drop(generation)
-            generation.fenced(owner_lost())
+            generation.fenced(owner_lost(), -reply)
             return
         if not self._link.up:
             self._dirty[generation.id] = mirrored

@@ -4,6 +4,9 @@ A room has a hash (epoch, top, run, bytes) and a stream whose ids are `<offset>-
 a hash (who makes it, what it is, its top, who ended it) and a stream whose entries hold what one
 flush brought, under the offset of its last event. Each key's name has its room or generation in
 braces, so that a cluster keeps them on one node.
+
+What takes memory comes first: where none is left Redis refuses a script at its first write, and one
+that has written something may go on.
 """
 
 from __future__ import annotations
@@ -18,12 +21,10 @@ local meta = redis.call('HMGET', KEYS[1], 'epoch', 'top', 'run', 'bytes')
 local epoch, top, bytes = meta[1], tonumber(meta[2] or 0), tonumber(meta[4] or 0)
 local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
 if not epoch or meta[3] ~= run or (last and last[1] or '0-0') ~= top .. '-0' then
-  redis.call('DEL', KEYS[1], KEYS[2])
   epoch, top, bytes = ARGV[1], 0, 0
   redis.call('HSET', KEYS[1], 'epoch', epoch, 'top', 0, 'run', run, 'bytes', 0)
+  redis.call('DEL', KEYS[2])
 end
-redis.call('PEXPIRE', KEYS[1], ARGV[2])
-redis.call('PEXPIRE', KEYS[2], ARGV[2])
 """
 
 # KEYS: hash, stream. ARGV: an epoch in case one begins; milliseconds that the room is kept; the
@@ -31,6 +32,8 @@ redis.call('PEXPIRE', KEYS[2], ARGV[2])
 LOOK = Script(
     _LIFE
     + """
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+redis.call('PEXPIRE', KEYS[2], ARGV[2])
 local after = epoch == ARGV[3] and tonumber(ARGV[4]) or 0
 return {epoch, top, redis.call('XRANGE', KEYS[2], (after + 1) .. '-0', '+')}
 """
@@ -64,6 +67,7 @@ while held > 1 and (held > tonumber(ARGV[6]) or bytes > most) do
   held = held - 1
 end
 redis.call('HSET', KEYS[1], 'top', top, 'bytes', bytes)
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
 redis.call('PEXPIRE', KEYS[2], ARGV[2])
 redis.call('HSET', KEYS[3], ARGV[3], ARGV[4] .. ' ' .. epoch .. ' ' .. first)
 if redis.call('RPUSH', KEYS[4], ARGV[3]) > tonumber(ARGV[5]) then
@@ -82,13 +86,13 @@ DELETE = Script("redis.call('DEL', unpack(KEYS)) redis.call('PUBLISH', ARGV[1], 
 
 # KEYS: hash, stream. ARGV: channel; who makes it; milliseconds that it is kept; first and last
 # offset of these events; the events; the ending's type, or "". Returns "ok", "lost" where nothing
-# is known of it, "fenced" where another has ended it, or the offset after which to go on.
+# is known of it, the offset after which to go on, or below 0 that of the end which another has put.
 MIRROR = Script(
     """
 local meta = redis.call('HMGET', KEYS[1], 'maker', 'top', 'ended')
 if not meta[1] then return 'lost' end
-if meta[3] and meta[3] ~= ARGV[2] then return 'fenced' end
 local top, first, last = tonumber(meta[2]), tonumber(ARGV[4]), tonumber(ARGV[5])
+if meta[3] and meta[3] ~= ARGV[2] then return -top end
 if top >= last then return 'ok' end
 if top + 1 ~= first then return top end
 redis.call('XADD', KEYS[2], last .. '-0', 'e', ARGV[6])
