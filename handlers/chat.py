@@ -141,13 +141,14 @@ async def begin(
 ) -> Generation:
     """As `start`, where there is no request of its own: a frame on a socket asks."""
     generations, cfg = app[GENERATIONS], app[CONFIG].generation
-    if (found := generations.started(key)) is not None:
+    if (found := await generations.started(key)) is not None:
         return found
     if app[STATE].draining:
         raise Unavailable("this server is going away", code="draining", retry_after=1)
     room, messages = None, question.messages
     if question.room or question.conversation_id:
         room = await app[ROOMS].open(_room_name(user, question))
+        await room.keeper.settle(room)  # an answer that a client has seen the end of is context
         messages = _context(room, question)
     last = messages[-1]
     ask = Ask(

@@ -40,9 +40,10 @@ def check_room(name: str, user: str) -> str:
     return name
 
 
-async def room_of(request: web.Request) -> Room:
-    """The room in the request's path, made where there is none."""
-    return await request.app[ROOMS].open(check_room(request.match_info["room"], request[USER]))
+async def room_of(request: web.Request, after: str | None = None) -> Room:
+    """The room in the request's path, made where there is none, as of position `after` at least."""
+    name = check_room(request.match_info["room"], request[USER])
+    return await request.app[ROOMS].open(name, after)
 
 
 def said(fields: Fields, user: str, type: str) -> JSON:
@@ -133,11 +134,11 @@ async def delete(request: web.Request) -> web.Response:
 async def events(request: web.Request) -> web.StreamResponse:
     """GET /api/v1/rooms/{room}/events: `joined`, then what comes, from `Last-Event-ID` on."""
     encoder = choose_encoder(request, FRAMES, SSE, bare=False)
-    room, user = await room_of(request), request[USER]
-    here = request.app[PRESENCE]
+    after, user = last_event_id(request), request[USER]
+    room, here = await room_of(request, after), request.app[PRESENCE]
     here.enter(room, user)
     try:
-        cursor, opening = room.join(last_event_id(request))
+        cursor, opening = room.join(after)
         return await deliver(request, encoder, cursor, {}, opening=opening)
     finally:
         here.leave(room, user)

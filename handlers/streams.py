@@ -8,7 +8,7 @@ import re
 
 from aiohttp import web
 
-from handlers.answers import attach, choose_encoder, resume
+from handlers.answers import Found, attach, choose_encoder, place_of, resume
 from handlers.keys import GENERATIONS, USER
 from handlers.middleware import json_response
 from streaming.dialects import DIALECTS, NATIVE, Dialect
@@ -36,7 +36,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     if resumed is not None:
         return resumed
     encoder = choose_encoder(request, dialect, SSE)
-    return await attach(request, generation, encoder, _starting_after(request, generation))
+    return await attach(request, generation, encoder, await _starting_after(request, generation))
 
 
 async def stop(request: web.Request) -> web.Response:
@@ -63,14 +63,15 @@ def _dialect(request: web.Request) -> Dialect:
     return DIALECTS[name]
 
 
-def _starting_after(request: web.Request, generation: Generation) -> int:
+async def _starting_after(request: web.Request, generation: Generation) -> Found:
     text = request.query.get("starting_after", "0")
     if _OFFSET.fullmatch(text):
         text = f"{generation.id}-{text}"
     position = Position.parse(text)
-    if position is None or not generation.log.holds(position):
+    place = await place_of(generation, position) if position is not None else None
+    if place is None:
         raise InvalidField("starting_after", "must be an offset or a position of this stream")
-    return position.offset
+    return place
 
 
 def routes() -> list[web.RouteDef]:

@@ -53,7 +53,7 @@ class Connection:
         before = self._rooms.get(name)
         if before is None and len(self._rooms) >= ROOMS_MOST:
             raise InvalidField("room", f"a socket can be in {ROOMS_MOST} rooms")
-        room = await self._app[ROOMS].open(name)
+        room = await self._app[ROOMS].open(name, after)
         if room is not before:
             self._app[PRESENCE].enter(room, self._user)
             self._rooms[name] = room

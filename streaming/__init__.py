@@ -10,6 +10,7 @@ Floors, lowest first; a module imports only from lower floors (tests/test_floors
     5  channels presence producer responses sockets
     6  generations redis_scripts
     7  redis_rooms
-    8  redis_mirror
-    9  redis_bridge
+    8  redis_replicas
+    9  redis_mirror
+    10 redis_bridge
 """

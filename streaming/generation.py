@@ -54,12 +54,14 @@ class Ask:
 class Generation:
     """One model answer. `id` is its stream id and its log's epoch; `log` is what it says, `ending`
     the last event of that. dialect: the one that it was asked for in, where its body decided that.
-    mirrored: it is made elsewhere, and its log may be behind what its maker's readers have.
+    mirrored: it is made elsewhere, and its log may be behind what its maker's readers have; where
+    its maker was lost, its ending comes after a hole, which begins after offset `hole`.
 
     `with generation:` somebody reads it, or waits for its end, as long as that is open.
     """
 
     mirrored = False
+    hole: int | None = None
 
     def __init__(self, owner: str, log: Log, dialect: Dialect | None = None) -> None:
         self.id = log.epoch
@@ -84,6 +86,15 @@ class Generation:
     def spoke(self) -> bool:
         """Whether anything of the answer has come."""
         return self.log.size > 0 and any(event.type == "delta" for event in self.log.read(1))
+
+    def keeps_key(self, key: Key) -> bool:
+        """Whether whoever comes with this key, which has started it, finds it: not where it failed
+        or was abandoned.
+        """
+        if self.ending is None:
+            return True
+        abandoned = self.ending.data.get("reason") == "abandoned"
+        return not (key.flight or self.ending.type == "failed" or abandoned)
 
     def stop(self) -> None:
         """Ends it as `cancelled` and closes the upstream's connection; after the end, nothing."""

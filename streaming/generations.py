@@ -43,6 +43,7 @@ class Generations:
         self._held: dict[str, Producer] = {}
         self._running: dict[str, Producer] = {}
         self._keys: dict[tuple[str, str], Producer] = {}
+        self._starting: dict[str, asyncio.Task[Generation]] = {}  # by id
         self._leaving: deque[tuple[float, Producer]] = deque()  # ended; when each leaves
         self._leaving_bytes = 0
 
@@ -58,7 +59,7 @@ class Generations:
         Raises InvalidField where the key came with another body before, Unavailable where too many
         run. A key is free again when its generation failed or was abandoned.
         """
-        if (found := self.started(ask.key)) is not None:
+        if (found := await self.started(ask.key)) is not None:
             return found
         self._sweep()
         if len(self._running) >= self._config.max_running:
@@ -70,24 +71,39 @@ class Generations:
         if self._mirror is None:
             await generation.start()
             return generation
-        return await asyncio.shield(asyncio.create_task(self._start(generation, self._mirror)))
+        task = asyncio.create_task(self._start(generation, self._mirror))
+        self._starting[generation.id] = task
+        task.add_done_callback(lambda _: self._starting.pop(generation.id))
+        return await asyncio.shield(task)
 
     async def _start(self, generation: Producer, mirror: Mirror) -> Generation:
-        before = await mirror.claim(generation)
-        found = await mirror.find(before) if before else None
-        if found is None:
-            await generation.start()
-            return generation
+        try:
+            while before := await mirror.claim(generation):
+                if (found := await mirror.find(before)) is not None:
+                    self._withdraw(generation)
+                    return found
+        except BaseException:
+            self._withdraw(generation)
+            raise
+        await generation.start()
+        return generation
+
+    def _withdraw(self, generation: Producer) -> None:
+        """It does not start after all."""
         del self._held[generation.id], self._running[generation.id]
         self._free(generation)
-        return found
 
-    def started(self, key: Key | None) -> Producer | None:
-        """The generation that this key has started before, if any. Raises InvalidField."""
+    async def started(self, key: Key | None) -> Generation | None:
+        """The generation that this key has started before, if any. Raises InvalidField, and what
+        its start raises.
+        """
         found = self._keys.get((key.scope, key.key)) if key is not None else None
-        if found is not None and found.ask.key != key:
+        if found is None:
+            return None
+        if found.ask.key != key:
             raise InvalidField("Idempotency-Key", "was used before with a different body")
-        return found
+        starting = self._starting.get(found.id)  # perhaps it is found to run elsewhere
+        return found if starting is None else await asyncio.shield(starting)
 
     async def find(self, stream_id: str, owner: str) -> Generation | None:
         """The generation of this id, if this person may know of it. Raises Unavailable."""
@@ -98,11 +114,9 @@ class Generations:
         return generation if generation is not None and generation.known_to(owner) else None
 
     def _ended(self, generation: Producer) -> None:
-        assert generation.ending is not None
         del self._running[generation.id]
-        key, ending = generation.ask.key, generation.ending
-        abandoned = ending.data.get("reason") == "abandoned"
-        if key is not None and (key.flight or ending.type == "failed" or abandoned):
+        key = generation.ask.key
+        if key is not None and not generation.keeps_key(key):
             self._free(generation)
             if self._mirror is not None:
                 self._mirror.free(key, generation.id)
@@ -129,9 +143,9 @@ class Generations:
         if key is not None and self._keys.get((key.scope, key.key)) is generation:
             del self._keys[key.scope, key.key]
 
-    def running_here(self, stream_id: str) -> Producer | None:
-        """The generation of this id, where it runs on this instance."""
-        return self._running.get(stream_id)
+    def held_here(self, stream_id: str) -> Producer | None:
+        """The generation of this id, where it is made on this instance."""
+        return self._held.get(stream_id)
 
     def drop(self, generation: Producer) -> None:
         """Forgets one that another instance has ended: that ending counts."""

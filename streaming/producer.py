@@ -67,6 +67,7 @@ class Producer(Generation):
         self._writer = Writer(self.log, _choices(ask.call), cfg.max_bytes)
         self._task: asyncio.Task[None] | None = None
         self._told = False  # its room knows that it has started
+        self._ends_at = 0  # an offset far above, where another has ended it
 
     async def start(self) -> None:
         """Tells its room, and begins. The log has its first event when this returns. Cancelling it
@@ -132,9 +133,12 @@ class Producer(Generation):
         """Ends it as `cancelled` and closes the upstream's connection; after the end, nothing."""
         self._cancel("stopped")
 
-    def fenced(self, error: RivuletError) -> None:
-        """Another instance has ended it, and told its room."""
+    def fenced(self, error: RivuletError, offset: int) -> None:
+        """Another instance has ended it, at this offset, and told its room: here it ends there too,
+        so that whoever has read that end is at the end.
+        """
         self._told = False
+        self._ends_at = offset
         self._fail(error)
         if self._task is not None:
             self._task.cancel()
@@ -163,6 +167,8 @@ class Producer(Generation):
         self._writer.close_parts()
         usage = self._writer.usage(self.ask.call.messages)
         data = {**data, "usage": usage, "model": self.log.origin["model"]}
+        if self._ends_at:
+            self.log.skip(self._ends_at - 1)
         self.ending = self.log.append(type, data)
         self.log.close()
         if self._abandon is not None:

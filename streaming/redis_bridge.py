@@ -45,7 +45,8 @@ class RedisBridge:
     def join(self, rooms: Rooms, generations: Generations) -> None:
         """What the bridge keeps."""
         self.rooms.rooms, self.rooms.mirror = rooms, self.mirror
-        self.mirror.rooms, self.mirror.generations = self.rooms, generations
+        self.mirror.rooms = self.mirror.replicas.rooms = self.rooms
+        self.mirror.generations = generations
 
     async def start(self) -> None:
         """Connects; returns when it has, or could not for a moment: it goes on trying."""
@@ -56,8 +57,9 @@ class RedisBridge:
         """Says what is still to be said, and ends."""
         if self._tending is not None:
             self._tending.cancel()
+        await self.mirror.finish()
         await self.rooms.close()
-        await self.mirror.close()
+        self.mirror.close()
         await self.link.close()
 
     def _restored(self) -> None:

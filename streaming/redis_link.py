@@ -21,7 +21,7 @@ from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, RedisError
 
 from streaming.errors import Unavailable
 
@@ -134,8 +134,10 @@ class Link:
         self._calls.append(call)
         if self._sending is None:
             self._sending = asyncio.create_task(self._send())
-        call.answer.add_done_callback(_looked_at)
-        return asyncio.shield(call.answer)
+        answer = asyncio.shield(call.answer)
+        for each in (call.answer, answer):
+            each.add_done_callback(_looked_at)
+        return answer
 
     async def _send(self) -> None:
         try:
@@ -165,7 +167,7 @@ class Link:
         for call, answer in zip(calls, answers, strict=True):
             if call.answer.done():
                 continue
-            if isinstance(answer, ResponseError):
+            if isinstance(answer, RedisError):
                 logger.warning("Redis refused", extra={"error": str(answer)})
                 answer = unavailable("Redis refuses to take more")
             if isinstance(answer, Exception):
@@ -226,12 +228,14 @@ class Link:
         while True:
             pubsub = self._redis.pubsub()
             try:
-                missing = set(self._handlers)
+                missing, begun = set(self._handlers), time.monotonic()
                 await pubsub.subscribe(*missing)
                 self._pubsub = pubsub
                 if late := set(self._handlers) - missing:
                     await pubsub.subscribe(*late)
                 while (message := await pubsub.get_message(timeout=DEAF)) is not None:
+                    if missing and time.monotonic() - begun > DEAF:
+                        break  # others are heard, and these were never confirmed
                     channel = message["channel"].decode()
                     if message["type"] == "message":
                         self._hear(channel, message["data"])

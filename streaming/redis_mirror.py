@@ -8,55 +8,29 @@ long as its lease is; the end of a generation is decided in Redis, once.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import orjson
 
 from streaming import config
-from streaming.dialects import DIALECTS, ENDINGS
-from streaming.errors import InvalidField, RivuletError, Unavailable
-from streaming.events import JSON
+from streaming.errors import InvalidField, Unavailable
+from streaming.events import JSON, Event
 from streaming.generation import Generation, Key
 from streaming.generations import Generations
-from streaming.log import Log, now_ms
+from streaming.log import Log
 from streaming.producer import Producer
 from streaming.redis_link import Link
+from streaming.redis_replicas import Replicas, owner_lost
 from streaming.redis_rooms import RedisRooms, hashed
-from streaming.redis_scripts import END, MIRROR
+from streaming.redis_scripts import CLAIM, FREE, MIRROR
 from streaming.rooms import Room
-from streaming.writer import CHARS_PER_TOKEN
 
 INTERVAL = 0.02  # seconds that tokens are gathered before they are mirrored
-ABOVE = 1_000_000_000  # how far above the mirror the end of a lost generation stands
-UNUSED = 30.0  # seconds after which a replica that nobody reads is let go of
-
-
-class Replica(Generation):
-    """A generation that another instance makes. `known`: something is known of it."""
-
-    mirrored = True
-
-    def __init__(self, stream_id: str, stop: Any) -> None:
-        origin = {"stream_id": stream_id, "conversation_id": "", "room": "", "model": ""}
-        super().__init__("", Log({**origin, "created": 0}, epoch=stream_id))
-        self.maker = ""
-        self.used = time.monotonic()
-        self.loading: asyncio.Task[None] | None = None
-        self.loaded = False
-        self.pending: list[bytes] = []
-        self._stop = stop
-
-    def stop(self) -> None:
-        """See Generation.stop: its maker is told."""
-        if self.ending is None:
-            self._stop(self)
-
-    def __exit__(self, *_: object) -> None:
-        super().__exit__()
-        self.used = time.monotonic()
+AGAIN = 1.0  # seconds until what Redis has refused is tried again
+CLOSING = 1.0  # seconds to mirror the last at the end
 
 
 class _Mirrored:
@@ -72,7 +46,7 @@ class _Mirrored:
 
 
 class RedisMirror:
-    """Mirrors what is made here, and holds replicas of what is read here and made elsewhere.
+    """Mirrors what is made here, keeps this instance's lease, and sees who else has one.
 
     me: this instance's name. lease: seconds after which an instance that is not heard of is gone.
     """
@@ -80,32 +54,19 @@ class RedisMirror:
     def __init__(
         self, link: Link, me: str, prefix: str, cfg: config.Generation, lease: float
     ) -> None:
+        self.replicas = Replicas(link, me, prefix)
         self._link = link
         self._me = me
         self._prefix = prefix
         self._lease = lease
+        self._renewed = -math.inf  # when this instance's lease last was
+        self._steady = 0.0  # since when it has been in time, always
         self._kept = int((cfg.total_timeout + cfg.retention + 2 * lease) * 1000)
         self._mirrored: dict[str, _Mirrored] = {}
         self._dirty: dict[str, _Mirrored] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._replicas: dict[str, Replica] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
         self.generations: Generations
         self.rooms: RedisRooms
-
-    def _key(self, stream_id: str, kind: str) -> str:
-        return f"{self._prefix}stream:{{{stream_id}}}:{kind}"
-
-    def instance(self, name: str) -> str:
-        """The channel of an instance, and the key of its lease."""
-        return f"{self._prefix}instance:{name}"
-
-    def _task(self, coroutine: Any) -> asyncio.Task[Any]:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return task
 
     # --- what is made here
 
@@ -113,74 +74,99 @@ class RedisMirror:
         """See Mirror.claim. While Redis is away a generation without a room starts unleased."""
         key = generation.ask.key
         try:
-            if key is not None:
-                value = f"{generation.id} {hashed(key.digest)}"
-                reply = await self._link.command(
-                    "SET", self._idempotent(key), value, "NX", "GET", "PX", self._kept
-                )
-                if reply is not None:
-                    before, digest = reply.decode().split()
-                    if digest != hashed(key.digest):
-                        raise InvalidField(
-                            "Idempotency-Key", "was used before with a different body"
-                        )
-                    return str(before)
             await asyncio.gather(*self._describe(generation))
+            before = "" if key is None else await self._claim(generation.id, key)
+        except InvalidField:
+            self._withdraw(generation)
+            raise
         except Unavailable:
             if generation.ask.room is not None:
                 raise
-        mirrored = self._mirrored[generation.id] = _Mirrored(generation)
-        generation.log.listeners.append(partial(self._appended, mirrored))
-        return ""
+            before = ""
+        if before:
+            self._withdraw(generation)
+        else:
+            self._follow(generation)
+        return before
+
+    async def _claim(self, id: str, key: Key) -> str:
+        """Takes the key for this generation, or the id of the one that has it. One that failed, was
+        abandoned or is not known any more has it no longer. Raises InvalidField, Unavailable.
+        """
+        value, dead = f"{id} {hashed(key.digest)}", ""
+        while True:
+            name = self._idempotent(key)
+            reply = await self._link.call(CLAIM, [name], value, dead, self._kept)
+            if reply is None:
+                return ""
+            dead = str(reply.decode())
+            before, digest = dead.split()
+            found = await self.find(before)
+            if found is None or not found.keeps_key(key):
+                continue
+            if digest != hashed(key.digest):
+                raise InvalidField("Idempotency-Key", "was used before with a different body")
+            return before
 
     def _describe(self, generation: Producer) -> list[asyncio.Future[Any]]:
         """Writes down what it is, and that nothing of it is mirrored yet."""
-        origin, key = generation.log.origin, self._key(generation.id, "meta")
+        origin, key = generation.log.origin, self.replicas.key(generation.id, "meta")
         dialect = generation.dialect.name if generation.dialect is not None else ""
         fields = {**origin, "maker": self._me, "owner": generation.owner, "dialect": dialect}
         told = [item for field in {**fields, "top": 0}.items() for item in field]
         return [
-            self._link.command("DEL", self._key(generation.id, "log")),
+            self._link.command("DEL", self.replicas.key(generation.id, "log")),
             self._link.command("HSET", key, *told),
             self._link.command("PEXPIRE", key, self._kept),
         ]
 
+    def _withdraw(self, generation: Producer) -> None:
+        if self._link.up:
+            self._link.command("DEL", self.replicas.key(generation.id, "meta"))
+
     def _idempotent(self, key: Key) -> str:
-        return f"{self._prefix}key:{hashed(f'{key.scope} {key.key}'.encode())}"
+        return f"{self._prefix}key:{{{hashed(f'{key.scope} {key.key}'.encode())}}}"
 
     def free(self, key: Key, stream_id: str) -> None:
         """See Mirror.free."""
-        if self._link.up:
-            self._link.command("DEL", self._idempotent(key))
+        if self._link.up:  # else whoever comes with it sees how it ended
+            value = f"{stream_id} {hashed(key.digest)}"
+            self._link.call(FREE, [self._idempotent(key)], value)
+
+    def _follow(self, generation: Producer) -> None:
+        mirrored = self._mirrored[generation.id] = _Mirrored(generation)
+        generation.log.listeners.append(partial(self._appended, mirrored))
 
     def _appended(self, mirrored: _Mirrored) -> None:
         self._dirty[mirrored.generation.id] = mirrored
-        if self._timer is None:
+        if mirrored.generation.log.closed:
+            self._flush()  # who has seen the end here may look for it elsewhere
+        elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(INTERVAL, self._flush)
 
     def _flush(self) -> None:
-        self._timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if not self._link.up:
             return  # `restored` comes back to them
         dirty, self._dirty = self._dirty, {}
         for mirrored in dirty.values():
-            if not mirrored.sending:
+            if not mirrored.sending and mirrored.offset < mirrored.generation.log.top:
                 self._send(mirrored)
 
     def _send(self, mirrored: _Mirrored) -> None:
+        """Sends what is new, or nothing, to learn whether it is still ours to end."""
         log, ending = mirrored.generation.log, mirrored.generation.ending
         events = log.read(mirrored.offset, merge=False, limit=1 << 20)
-        if not events:
-            return
-        last = events[-1].id.offset
+        first, last = mirrored.offset + 1, mirrored.offset + len(events)
         ended = ending.type if ending is not None and ending.id.offset == last else ""
         told = orjson.dumps([log.origin["model"], [_told(event) for event in events]])
-        keys = [self._key(log.epoch, "meta"), self._key(log.epoch, "log")]
-        first = mirrored.offset + 1
-        channel = self._key(log.epoch, "events")
+        keys = [self.replicas.key(log.epoch, "meta"), self.replicas.key(log.epoch, "log")]
+        channel = self.replicas.key(log.epoch, "events")
         arguments = channel, self._me, self._kept, first, last, told, ended
-        mirrored.sending = True
         answer = self._link.call(MIRROR, keys, *arguments)
+        mirrored.sending = True
         answer.add_done_callback(partial(self._sent, mirrored, last))
 
     def _sent(self, mirrored: _Mirrored, last: int, answer: asyncio.Future[Any]) -> None:
@@ -189,13 +175,16 @@ class RedisMirror:
         if answer.cancelled() or answer.exception() is not None:
             self._dirty[generation.id] = mirrored
             if self._link.up:  # Redis refuses, or was slow once
-                asyncio.get_running_loop().call_later(1.0, self._flush)
+                asyncio.get_running_loop().call_later(AGAIN, self._flush)
             return
         reply = answer.result()
-        if reply == b"fenced":
+        if isinstance(reply, int) and reply < 0:
             self._drop(mirrored)
             self.generations.drop(generation)
-            generation.fenced(lost())
+            generation.fenced(owner_lost(), -reply)
+            return
+        if not self._link.up:
+            self._dirty[generation.id] = mirrored
             return
         if reply == b"lost":  # Redis has lost it: all of it again
             mirrored.offset = 0
@@ -222,204 +211,78 @@ class RedisMirror:
 
     async def find(self, stream_id: str) -> Generation | None:
         """See Mirror.find."""
-        replica = self._replicas.get(stream_id) or self._replica(stream_id)
-        replica.used = time.monotonic()
-        if not replica.loaded:
-            await asyncio.shield(self._load(replica))
-        if not replica.maker:
-            self._forget(replica)
-            return None
-        return replica
+        return self.generations.held_here(stream_id) or await self.replicas.find(stream_id)
 
-    def running(self, room: Room, stream_id: str) -> Log | None:
+    def running(self, room: Room, stream_id: str) -> Log:
         """The log of a generation that a room tells of: of this instance's own, or a replica."""
-        own = self.generations.running_here(stream_id)
-        if own is not None:
-            return own.log
-        replica = self._replicas.get(stream_id) or self._replica(stream_id)
-        if not replica.loaded:
-            # Only if it still runs when all that is known of the room has been read.
-            asyncio.get_running_loop().call_soon(self._wanted, room, replica)
-        return replica.log
-
-    def _wanted(self, room: Room, replica: Replica) -> None:
-        if replica.id in room.running:
-            self._load(replica)
-        else:
-            self._forget(replica)
-
-    def _replica(self, stream_id: str) -> Replica:
-        replica = self._replicas[stream_id] = Replica(stream_id, self._stop)
-        return replica
-
-    def _load(self, replica: Replica) -> asyncio.Task[None]:
-        if replica.loading is None or replica.loading.done():
-            replica.loading = self._task(self._read(replica))
-        return replica.loading
-
-    async def _read(self, replica: Replica) -> None:
-        id = replica.id
-        channel = self._key(id, "events")
-        await self._link.subscribe(channel, partial(self._hear, replica))
-        after = f"({replica.log.top}-0"
-        meta, entries = await asyncio.gather(
-            self._link.command("HGETALL", self._key(id, "meta")),
-            self._link.command("XRANGE", self._key(id, "log"), after, "+"),
-        )
-        replica.pending, pending = [], replica.pending
-        if meta:
-            fields = {name.decode(): value.decode() for name, value in _pairs(meta)}
-            replica.maker, replica.owner = fields["maker"], fields["owner"]
-            replica.dialect = DIALECTS.get(fields["dialect"])
-            if not replica.loaded:
-                names = ("stream_id", "conversation_id", "room", "model")
-                origin: JSON = {name: fields[name] for name in names}
-                replica.log.origin = {**origin, "created": int(fields["created"])}
-            replica.loaded = True
-            for offset, entry in entries:
-                model, events = orjson.loads(entry[1])
-                first = int(offset.partition(b"-")[0]) - len(events) + 1
-                self._apply(replica, first, model, events)
-            for message in pending:
-                self._take(replica, message)
-            if replica.readers:
-                self._mark([replica])
-
-    def _hear(self, replica: Replica, message: bytes) -> None:
-        if replica.loading is not None and not replica.loading.done():
-            replica.pending.append(message)
-        else:
-            self._take(replica, message)
-
-    def _take(self, replica: Replica, message: bytes) -> None:
-        first, told = message.split(b" ", 1)
-        if int(first) > replica.log.top + 1:
-            self._load(replica)  # what is between; a hole that is in Redis too is one
-        else:
-            self._apply(replica, int(first), *orjson.loads(told))
-
-    def _apply(self, replica: Replica, first: int, model: str, events: Sequence[Any]) -> None:
-        log = replica.log
-        if model != log.origin["model"]:
-            log.origin = {**log.origin, "model": model}
-        for offset, (type, data, time_ms) in enumerate(events, first):
-            if offset <= log.top or log.closed:
-                continue
-            if offset > log.top + 1:
-                log.skip(offset - 1)
-            if isinstance(type, dict):
-                log.extend(type, data, time_ms)
-                continue
-            event = log.append(type, data, time_ms)
-            if type in ENDINGS:
-                replica.ending = event
-                log.close()
-                self._link.unsubscribe(self._key(replica.id, "events"))
-
-    def _stop(self, replica: Replica) -> None:
-        self._link.say(self.instance(replica.maker), orjson.dumps({"stop": replica.id}))
-
-    def _forget(self, replica: Replica) -> None:
-        if self._replicas.get(replica.id) is replica:
-            del self._replicas[replica.id]
-            self._link.unsubscribe(self._key(replica.id, "events"))
+        own = self.generations.held_here(stream_id)
+        return own.log if own is not None else self.replicas.running(room, stream_id)
 
     # --- leases, and what instances tell each other
 
     def heard(self, word: JSON) -> None:
         """Another instance says something about what is made here."""
-        if "stop" in word:
-            generation = self.generations.running_here(word["stop"])
-            if generation is not None:
-                generation.stop()
+        if (generation := self.generations.held_here(word.get("stop", ""))) is not None:
+            generation.stop()
         for stream_id in word.get("reading", ()):
-            generation = self.generations.running_here(stream_id)
-            if generation is not None:
+            if (generation := self.generations.held_here(stream_id)) is not None:
                 generation.read_elsewhere = time.monotonic() + self._lease
-
-    def _mark(self, replicas: Sequence[Replica]) -> None:
-        """Tells the makers that these are read here."""
-        read: dict[str, list[str]] = {}
-        for replica in replicas:
-            read.setdefault(replica.maker, []).append(replica.id)
-        for maker, ids in read.items():
-            self._link.say(self.instance(maker), orjson.dumps({"reading": ids}))
+        generation = self.generations.held_here(word.get("again", ""))
+        if generation is not None and generation.id not in self._mirrored:
+            self._follow(generation)
+            self._send(self._mirrored[generation.id])
 
     def restored(self) -> None:
         """Redis is heard again: what was made goes there, what was missed comes."""
-        self._dirty |= self._mirrored
-        self._flush()
-        for replica in self._replicas.values():
-            if replica.loaded and replica.ending is None:
-                self._load(replica)
+        self._assure()
+        self.replicas.restored()
+
+    def _assure(self) -> None:
+        """Others may have taken this instance for lost, and ended what it makes."""
+        for mirrored in self._mirrored.values():
+            if not mirrored.sending:
+                self._send(mirrored)
 
     async def tend(self) -> None:
-        """From time to time: renews this instance's lease, says what is read here, ends what has
-        lost its maker, and lets go of what nobody reads. Raises Unavailable.
+        """From time to time: renews this instance's lease, and sees whether others are gone. Raises
+        Unavailable.
         """
-        await self._link.command("SET", self.instance(self._me), 1, "PX", int(self._lease * 1000))
+        milliseconds = int(self._lease * 1000)
+        name = self.replicas.instance(self._me)
+        known = await self._link.command("SET", name, 1, "GET", "PX", milliseconds)
         now = time.monotonic()
-        alive = [r for r in self._replicas.values() if r.loaded and r.ending is None]
-        self._mark([replica for replica in alive if replica.readers])
-        names = {replica.maker for replica in alive} | self.rooms.instances()
-        if names and now - self._link.since >= self._lease:
-            for name in names:
-                if not await self._link.command("EXISTS", self.instance(name)):
-                    self.rooms.gone(name)
-                    for replica in alive:
-                        if replica.maker == name:
-                            await self._end(replica)
-        for replica in list(self._replicas.values()):
-            used = replica.readers or replica.log.listeners or now - replica.used < UNUSED
-            if not used:
-                self._forget(replica)
+        if now - self._renewed > self._lease / 2:
+            # What kept this instance from renewing its lease in time, may have kept others.
+            self._steady = now
+        if known is None and self._renewed > 0:
+            self._assure()
+            self.rooms.present()
+        self._renewed = now
+        gone: list[str] = []
+        names = sorted(self.replicas.makers() | self.rooms.instances())
+        if names and now - self._steady >= self._lease:
+            keys = map(self.replicas.instance, names)
+            alive = await asyncio.gather(*(self._link.command("EXISTS", key) for key in keys))
+            gone = [name for name, there in zip(names, alive, strict=True) if not there]
+        for name in gone:
+            self.rooms.gone(name)
+        await self.replicas.tend(gone)
 
-    async def _end(self, replica: Replica) -> None:
-        """Ends a generation whose maker is gone, and tells its room."""
-        error, said = lost(), -(-len(replica.text()) // CHARS_PER_TOKEN)
-        usage = {"prompt_tokens": 0, "completion_tokens": said, "total_tokens": said}
-        data = {
-            "error": error.body(),
-            "status": error.status,
-            "usage": {**usage, "estimated": True},
-            "model": replica.log.origin["model"],
-        }
-        told = orjson.dumps([replica.log.origin["model"], [["failed", data, now_ms()]]])
-        keys = [self._key(replica.id, "meta"), self._key(replica.id, "log")]
-        channel = self._key(replica.id, "events")
-        ended = await self._link.call(END, keys, channel, self._me, ABOVE, told)
-        name = replica.log.origin["room"]
-        if ended and name:
-            room = await self.rooms.rooms.open(name)
-            whole = {"stream_id": replica.id, "user_id": replica.owner, "content": replica.text()}
-            self.rooms.conclude(room, "failed", {**whole, **data})
-
-    async def close(self) -> None:
-        """Mirrors what it can, gives up its lease, and ends."""
-        if self._link.up:
+    async def finish(self) -> None:
+        """Mirrors what it can."""
+        if self._link.up and self._mirrored:
             self._flush()
-            waiting = [m.done for m in self._mirrored.values()]
-            if waiting:
-                await asyncio.wait(waiting, timeout=1.0)
-            self._link.command("DEL", self.instance(self._me))
-        for task in list(self._tasks):
-            task.cancel()
+            await asyncio.wait([m.done for m in self._mirrored.values()], timeout=CLOSING)
+
+    def close(self) -> None:
+        """Gives up the lease, and ends."""
+        self.replicas.close()
+        if self._link.up:
+            self._link.command("DEL", self.replicas.instance(self._me))
 
 
-def lost() -> RivuletError:
-    """The instance that made this is gone, and its end with it."""
-    return RivuletError("the server that made this answer is gone", status=502, code="owner_lost")
-
-
-def _told(event: Any) -> list[Any]:
+def _told(event: Event) -> list[Any]:
     if event.type == "delta" and "extra" not in event.data:
         head = {name: value for name, value in event.data.items() if name != "content"}
         return [head, event.data["content"], event.time]
     return [event.type, event.data, event.time]
-
-
-def _pairs(reply: Any) -> list[tuple[bytes, bytes]]:
-    """Field and value, from RESP3's map or RESP2's list."""
-    if isinstance(reply, dict):
-        return list(reply.items())
-    return list(zip(reply[::2], reply[1::2], strict=True))

@@ -14,7 +14,7 @@ import itertools
 import time
 from collections.abc import Coroutine, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import orjson
@@ -22,17 +22,27 @@ import orjson
 from streaming import config
 from streaming.delivery import Delivery
 from streaming.errors import InvalidField, TooLarge, Unavailable
-from streaming.events import JSON, Event, new_epoch
+from streaming.events import JSON, Event, Position, new_epoch
 from streaming.log import Log, now_ms
 from streaming.redis_link import Link
-from streaming.redis_scripts import LOOK, PUBLISH
+from streaming.redis_scripts import DELETE, LOOK, PUBLISH
 from streaming.rooms import KEYS, Keeper, Room, Rooms
-
-if TYPE_CHECKING:
-    from streaming.redis_mirror import RedisMirror
 
 MESSAGE_BYTES = 16 << 20  # Redis cuts a subscriber that has more than 32 MB to take
 CONCLUDE_EVERY = 1.0  # seconds between two attempts to tell a room of an end
+SETTLING = 1.0  # seconds that this may take while somebody waits
+THEIRS = "keys", "order"  # where idempotency keys of clients are kept, and in what order
+OURS = "sent", "sending"  # the same of ours, of which there are many, for a short time
+
+
+class Answers(Protocol):
+    """What rooms need of the generations that run in them."""
+
+    async def mirrored(self, stream_id: str) -> None:
+        """Returns once others can have all of one that is made here."""
+
+    def running(self, room: Room, stream_id: str) -> Log:
+        """The log of one that a room tells of."""
 
 
 class _Held:
@@ -66,8 +76,10 @@ class RedisRooms(Keeper):
         self._held: dict[str, _Held] = {}
         self._count = itertools.count()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._concluding: dict[str, set[asyncio.Task[None]]] = {}  # by room
+        self._unsaid: set[tuple[Room, str]] = set()  # who has left, which Redis does not know
         self.rooms: Rooms  # whose keeper this is
-        self.mirror: RedisMirror
+        self.mirror: Answers
 
     def _key(self, room: Room, kind: str) -> str:
         return f"{self._prefix}room:{{{quote(room.name, safe='')}}}:{kind}"
@@ -102,6 +114,19 @@ class RedisRooms(Keeper):
             raise
         held.opened = True
 
+    async def reach(self, room: Room, after: str) -> None:
+        """See Keeper.reach: this instance may hear of an event later than others' readers."""
+        position, held = Position.parse(after), self._held.get(room.name)
+        if position is None or held is None or room.log.holds(position):
+            return
+        if position.epoch != room.log.epoch or position.offset > room.log.top:
+            await asyncio.shield(self._reload(held))
+
+    async def settle(self, room: Room) -> None:
+        """See Keeper.settle."""
+        if tasks := self._concluding.get(room.name):
+            await asyncio.wait(tasks, timeout=SETTLING)
+
     def forget(self, room: Room) -> None:
         """See Keeper.forget."""
         held = self._held.get(room.name)
@@ -114,8 +139,17 @@ class RedisRooms(Keeper):
         for held in self._held.values():
             if held.opened:
                 self._reload(held)
+        self.present()
+
+    def present(self) -> None:
+        """Says who is here, and who is not any more: others may not know."""
+        for held in self._held.values():
             for user in held.room.people:
                 self.entered(held.room, user)
+        unsaid, self._unsaid = self._unsaid, set()
+        for room, user in unsaid:
+            if user not in room.people:
+                self.left(room, user)
 
     def _reload(self, held: _Held) -> asyncio.Task[None]:
         if held.loading is None or held.loading.done():
@@ -133,6 +167,14 @@ class RedisRooms(Keeper):
         return task
 
     async def _load(self, held: _Held) -> None:
+        while True:
+            await self._look(held)
+            held.opened, pending, held.pending = True, held.pending, []
+            taken = [self._take(held, message) for message in pending]
+            if all(taken):
+                return
+
+    async def _look(self, held: _Held) -> None:
         room, log = held.room, held.room.log
         (epoch, top, entries), people = await asyncio.gather(
             self._link.call(LOOK, self._keys(room), *self._life, log.epoch, log.top),
@@ -145,77 +187,92 @@ class RedisRooms(Keeper):
             if _offset(entry) > room.log.top:  # a publisher's reply may have been quicker
                 room.append(*orjson.loads(entry[1][1]))
         self._meet(room, [name.decode().partition(" ") for name in people])
-        held.opened, pending, held.pending = True, held.pending, []
-        for message in pending:
-            self._take(held, message)
 
     def _hear(self, held: _Held, message: bytes) -> None:
         if not held.opened or (held.loading is not None and not held.loading.done()):
             held.pending.append(message)
-        else:
-            self._take(held, message)
+        elif not self._take(held, message):
+            self._reload(held)
 
-    def _take(self, held: _Held, message: bytes) -> None:
+    def _take(self, held: _Held, message: bytes) -> bool:
+        """Whether it could be taken: something before it may be missing."""
         if message[:1] == b"{":
             self._passing(held.room, orjson.loads(message))
-        else:
-            epoch, first, events = message.split(b" ", 2)
-            self._apply(held, epoch.decode(), int(first), orjson.loads(events))
+            return True
+        epoch, first, events = message.split(b" ", 2)
+        return self._apply(held, epoch.decode(), int(first), orjson.loads(events))
 
-    def _apply(self, held: _Held, epoch: str, first: int, events: Sequence[Sequence[Any]]) -> None:
+    def _apply(self, held: _Held, epoch: str, first: int, events: Sequence[Sequence[Any]]) -> bool:
         room = held.room
         if epoch != room.log.epoch or first > room.log.top + 1:
-            self._reload(held)
-            return
+            return False
         for event in events[room.log.top + 1 - first :]:
             room.append(*event)
+        return True
 
     # --- publishing
 
     async def publish(
         self, room: Room, events: Sequence[tuple[str, JSON]], key: tuple[str, str]
     ) -> list[str]:
-        """See Room.publish. A call that Redis did not answer is repeated with the same key."""
+        """See Room.publish. A call that Redis did not answer is repeated with the same key. A key
+        of nobody's is of an end, which is not to begin a room that has been deleted.
+        """
         user, given = key
-        digest, name = "-", f"{self._me} {next(self._count)}"
+        digest, name, kinds = "-", f"{self._me} {next(self._count)}", OURS
         if given:
             digest = hashed(orjson.dumps(events, option=orjson.OPT_SORT_KEYS))
-            name = hashed(f"{user}\n{given}".encode())
+            name, kinds = hashed(f"{user}\n{given}".encode()), THEIRS
         now = now_ms()
         told = [orjson.dumps([type, data, now]) for type, data in events]
         if sum(map(len, told)) > MESSAGE_BYTES:
             raise TooLarge(f"more than {MESSAGE_BYTES} bytes at once", param="body")
-        keys = [*self._keys(room), self._key(room, "keys"), self._key(room, "order")]
+        keys = [*self._keys(room), *(self._key(room, kind) for kind in kinds)]
         bounds = KEYS, self._config.events, self._config.bytes
-        channel = self._key(room, "events")
+        where = self._key(room, "events"), "" if user or not given else "there"
         reply = await self._link.call(
-            PUBLISH, keys, *self._life, channel, name, digest, *bounds, *told
+            PUBLISH, keys, *self._life, name, digest, *bounds, *where, *told
         )
+        if not reply:
+            return []
+        told_now: list[tuple[str, JSON, int]] = [(type, data, now) for type, data in events]
         if len(reply) == 1:
             before, *reply = reply[0].split()
             if before.decode() != digest:
                 raise InvalidField("Idempotency-Key", "was used before with a different body")
+            told_now = []  # it was another time that they were told
         epoch, first = reply[0].decode(), int(reply[1])
         last = first + len(events) - 1
         held = self._held.get(room.name)
         if held is not None and held.opened:
-            self._apply(held, epoch, first, [(type, data, now) for type, data in events])
+            self._apply(held, epoch, first, told_now)
             if held.room.log.epoch != epoch or held.room.log.top < last:
                 await asyncio.shield(self._reload(held))
         return [f"{epoch}-{offset}" for offset in range(first, last + 1)]
 
     def conclude(self, room: Room, type: str, data: JSON) -> None:
         """See Keeper.conclude: once it is mirrored, and as soon as Redis is there."""
-        self._task(self._conclude(room, type, data))
+        tasks = self._concluding.setdefault(room.name, set())
+        tasks.add(task := self._task(self._conclude(room, type, data)))
+
+        def done(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            if not tasks and self._concluding.get(room.name) is tasks:
+                del self._concluding[room.name]
+
+        task.add_done_callback(done)
 
     async def _conclude(self, room: Room, type: str, data: JSON) -> None:
         await self.mirror.mirrored(data["stream_id"])
-        while True:
+        while not room.log.closed:  # it has been deleted
             try:
                 await self.publish(room, [(type, data)], ("", f"end {data['stream_id']}"))
-                return
+            except InvalidField:
+                return  # another instance has told another end of it
             except Unavailable:
                 await asyncio.sleep(CONCLUDE_EVERY)
+            else:
+                return
 
     def running(self, room: Room, stream_id: str) -> Log | None:
         """See Keeper.running."""
@@ -230,10 +287,18 @@ class RedisRooms(Keeper):
             self._say(room, {"in": user})
 
     def left(self, room: Room, user: str) -> None:
-        """See Keeper.left."""
+        """See Keeper.left. Said again where it may not have come through."""
+
+        def said(answer: asyncio.Future[Any]) -> None:
+            if answer.cancelled() or answer.exception() is not None:
+                self._unsaid.add((room, user))
+
         if self._link.up:
-            self._link.command("HDEL", self._key(room, "people"), f"{self._me} {user}")
+            field = f"{self._me} {user}"
+            self._link.command("HDEL", self._key(room, "people"), field).add_done_callback(said)
             self._say(room, {"out": user})
+        else:
+            self._unsaid.add((room, user))
 
     def told(self, room: Room, event: Event) -> None:
         """See Keeper.told."""
@@ -288,12 +353,14 @@ class RedisRooms(Keeper):
 
     async def delete(self, room: Room, user: str) -> None:
         """See Keeper.delete."""
-        kinds = ("meta", "log", "keys", "order", "people")
-        await self._link.command("DEL", *(self._key(room, kind) for kind in kinds))
-        self._say(room, {"deleted": user})
+        keys = [self._key(room, kind) for kind in ("meta", "log", "people", *OURS, *THEIRS)]
+        word = orjson.dumps({"by": self._me, "deleted": user})
+        await self._link.call(DELETE, keys, self._key(room, "events"), word)
 
     async def close(self) -> None:
-        """Ends what still tries."""
+        """Says what is still to be said, as far as that works at once, and ends."""
+        if self._tasks and self._link.up:
+            await asyncio.wait(self._tasks, timeout=SETTLING)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -35,6 +35,12 @@ class Keeper:
     async def open(self, room: Room) -> None:
         """Brings a room to the present, before anybody reads it. Raises Unavailable."""
 
+    async def reach(self, room: Room, after: str) -> None:
+        """Brings an open room to this position, where others may know more of it already."""
+
+    async def settle(self, room: Room) -> None:
+        """Waits for what `conclude` still does in this room, a moment at most."""
+
     async def publish(
         self, room: Room, events: Sequence[tuple[str, JSON]], key: tuple[str, str]
     ) -> list[str]:
@@ -296,10 +302,14 @@ class Rooms:
             room.append("left", {"user_id": user})
             room.log.close()
 
-    async def open(self, name: str) -> Room:
-        """As `get`, brought to the present: what anybody is told of a room is told of this."""
+    async def open(self, name: str, after: str | None = None) -> Room:
+        """As `get`, brought to the present, and to the position `after`: what anybody is told of a
+        room is told of this.
+        """
         room = self.get(name)
         await self.keeper.open(room)
+        if after is not None:
+            await self.keeper.reach(room, after)
         return room
 
     async def seek(self, name: str) -> Room | None:
