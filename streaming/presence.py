@@ -24,7 +24,7 @@ class Presence:
     def enter(self, room: Room, user: str) -> None:
         """A connection of this person's comes in."""
         if user not in room.people:
-            known = user in room.members
+            known = room.has(user)
             room.people[user] = 0
             room.keeper.entered(room, user)
             if not known:
@@ -45,7 +45,7 @@ class Presence:
     def _left(self, room: Room, user: str) -> None:
         del self._leaving[room, user], room.people[user]
         room.keeper.left(room, user)
-        if user not in room.members:
+        if not room.has(user):
             self._tell(room, "user_left", user)
 
     def _tell(self, room: Room, type: str, user: str) -> None:

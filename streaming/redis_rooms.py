@@ -186,7 +186,11 @@ class RedisRooms(Keeper):
         for entry in entries:
             if _offset(entry) > room.log.top:  # a publisher's reply may have been quicker
                 room.append(*orjson.loads(entry[1][1]))
-        self._meet(room, [name.decode().partition(" ") for name in people])
+        elsewhere: dict[str, set[str]] = {}
+        for instance, _, user in (name.decode().partition(" ") for name in people):
+            if instance != self._me:
+                elsewhere.setdefault(instance, set()).add(user)
+        self._meet(room, elsewhere)
 
     def _hear(self, held: _Held, message: bytes) -> None:
         if not held.opened or (held.loading is not None and not held.loading.done()):
@@ -311,32 +315,32 @@ class RedisRooms(Keeper):
         by = word["by"]
         if by == self._me:
             return
-        people = room.elsewhere.setdefault(by, set())
         if "in" in word:
-            self._meet(room, [(by, " ", user) for user in {*people, word["in"]}], only=by)
+            known = room.has(word["in"])
+            room.elsewhere.setdefault(by, set()).add(word["in"])
+            if not known:
+                self._tell(room, "user_joined", word["in"])
         elif "out" in word:
-            self._meet(room, [(by, " ", user) for user in people - {word["out"]}], only=by)
+            room.elsewhere.get(by, set()).discard(word["out"])
+            if not room.has(word["out"]):
+                self._tell(room, "user_left", word["out"])
         elif "told" in word:
             self._delivery.broadcast(room, room.ephemeral(*word["told"]))
         elif "deleted" in word:
             self.rooms.end(room.name, word["deleted"])
 
-    def _meet(self, room: Room, people: Sequence[tuple[str, str, str]], only: str = "") -> None:
-        """Takes these for the people elsewhere (those of `only` alone), and tells who came and who
-        went.
-        """
-        before = set(room.members)
-        for instance in [only] if only else list(room.elsewhere):
-            room.elsewhere.pop(instance, None)
-        for instance, _, user in people:
-            if instance != self._me:
-                room.elsewhere.setdefault(instance, set()).add(user)
-        after = set(room.members)
-        for type, users in (("user_joined", after - before), ("user_left", before - after)):
-            for user in sorted(users):
-                self._delivery.broadcast(room, room.ephemeral(type, {"userId": user}))
-        if before - after:
+    def _meet(self, room: Room, elsewhere: dict[str, set[str]]) -> None:
+        """Takes these for the people elsewhere, and tells who came and who went."""
+        before, room.elsewhere = room.elsewhere, elsewhere
+        was, now = set().union(*before.values()), set().union(*elsewhere.values())
+        for type, users in (("user_joined", now - was), ("user_left", was - now)):
+            for user in sorted(users - room.people.keys()):
+                self._tell(room, type, user)
+
+    def _tell(self, room: Room, type: str, user: str) -> None:
+        if type == "user_left":
             room.left = time.monotonic()
+        self._delivery.broadcast(room, room.ephemeral(type, {"userId": user}))
 
     def instances(self) -> set[str]:
         """The other instances that have people in rooms held here."""
@@ -349,7 +353,8 @@ class RedisRooms(Keeper):
                 fields = [f"{instance} {user}" for user in held.room.elsewhere[instance]]
                 if fields and self._link.up:
                     self._link.command("HDEL", self._key(held.room, "people"), *fields)
-                self._meet(held.room, [], only=instance)
+                here = held.room.elsewhere.items()
+                self._meet(held.room, {name: users for name, users in here if name != instance})
 
     async def delete(self, room: Room, user: str) -> None:
         """See Keeper.delete."""

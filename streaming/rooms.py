@@ -102,6 +102,10 @@ class Room:
         for listener in before.listeners:
             listener()
 
+    def has(self, user: str) -> bool:
+        """Whether this person is here, on any instance."""
+        return user in self.people or any(user in users for users in self.elsewhere.values())
+
     @property
     def members(self) -> list[str]:
         """Who is here, on any instance."""
