@@ -16,6 +16,12 @@ import redis
 from tests.processes import Process
 
 
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
 class RedisServer:
     """A redis-server on a free port of loopback, with a directory of its own. `options` are lines
     of its configuration: `appendonly="yes"`, `maxmemory="20mb"`, `unixsocket=...`.
@@ -24,8 +30,7 @@ class RedisServer:
     def __init__(self, directory: Path, **options: str) -> None:
         self.directory = directory
         self.options = {"save": "", "appendonly": "no", **options}
-        with socket.create_server(("127.0.0.1", 0)) as found:
-            self.port = found.getsockname()[1]
+        self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}"
         self.process: Process | None = None
         self.start()
@@ -34,7 +39,9 @@ class RedisServer:
         """Starts it, with what its directory holds."""
         self.directory.mkdir(parents=True, exist_ok=True)
         options = {"port": str(self.port), "bind": "127.0.0.1", **self.options}
-        words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        words = [
+            word for name, value in options.items() for word in (f"--{name}", *value.split(" "))
+        ]
         command = ["redis-server", "--dir", str(self.directory), *words]
         self.process = Process(command, os.environ)
         self.process.first(self.process.stdout, lambda line: "eady to accept" in line)
@@ -71,7 +78,7 @@ class RedisServer:
         with redis.Redis(port=self.port, decode_responses=True) as client:
             return client.execute_command(*words)
 
-    def keys(self, pattern: str = "*") -> list[str]:
+    def names(self, pattern: str = "*") -> list[str]:
         """The names of the keys that it holds."""
         return sorted(self.call("KEYS", pattern))
 
@@ -79,6 +86,27 @@ class RedisServer:
         """Kills every connection."""
         for kind in ("normal", "pubsub"):
             self.call("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+
+
+class Sentinel(Process):
+    """Sees to it that this server, or a replica of it that is connected, is the master of "m"."""
+
+    def __init__(self, directory: Path, master: RedisServer) -> None:
+        self.port = free_port()
+        self.url = f"redis+sentinel://127.0.0.1:{self.port}/m"
+        directory.mkdir()
+        file = directory / "sentinel.conf"  # it writes there what it learns
+        lines = [
+            f"port {self.port}",
+            "bind 127.0.0.1",
+            f"dir {directory}",
+            f"sentinel monitor m 127.0.0.1 {master.port} 1",
+            "sentinel down-after-milliseconds m 1000",
+            "sentinel failover-timeout m 3000",
+        ]
+        file.write_text("\n".join([*lines, ""]))
+        super().__init__(["redis-sentinel", str(file)], os.environ)
+        self.first(self.stdout, lambda line: "+monitor" in line)
 
 
 class Wire:

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.bridged import Day, Instances, ready, tells
+from tests.bridged import Day, Instances, messages, ready, tells
 from tests.clients import PROMPT, Kind, Seen, asked, attach, named, see, start, stop
 from tests.conftest import SOAK
-from tests.people import joined, new_room, publish
+from tests.people import following, joined, members, new_room, publish
 from tests.processes import until
 from tests.redis_server import RedisServer
 from tests.upstream import expected
@@ -114,7 +114,8 @@ async def test_redis_is_stopped_and_started(
     redis_server: StartRedis, instances: StartInstances, data: str
 ) -> None:
     """With its data or without: it may have lost what it acknowledged, so all are told of a gap.
-    Meanwhile who publishes is told 503.
+    Meanwhile who publishes is told 503, and what is known here is served: a room that is held, its
+    history, who is in it.
     """
     redis = redis_server(appendonly="yes", appendfsync="always")
     three = await instances(redis.url, 3)
@@ -125,6 +126,10 @@ async def test_redis_is_stopped_and_started(
             await asyncio.sleep(AWAY)
             status, told = await publish(three.b, day.room, {"content": "x"})
             assert (status, told["error"]["code"]) == (503, "bridge_unavailable")
+            async with following(three.b, day.room) as ann:
+                known = (await ann.next())["messages"]
+                assert known and await messages(three.b, day.room)
+                assert "anonymous" in await members(three.b, day.room)
             # A new answer needs no Redis, unless it is in a room.
             assert (await start(three.c, CONTENT, named("tokens=5"))).ending == "finished"
             refused = await start(three.c, CHAT, named("tokens=5"), room=day.room)

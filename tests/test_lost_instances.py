@@ -5,6 +5,7 @@ has one end for each who reads it.
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -236,6 +237,35 @@ async def test_a_maker_is_cut_off_for_longer_than_its_lease(
     for url in three.urls:
         assert (await status(url, stream_id))["state"] == "failed"
     assert three.broke() == []
+
+
+async def test_a_maker_is_frozen_for_longer_than_its_lease(
+    redis_server: StartRedis, instances: StartInstances, upstream: UpstreamProcess
+) -> None:
+    """Its connections stood, and when it wakes nothing tells it that it was taken for lost but its
+    lease: it ends what others have ended, and its people are there again.
+    """
+    two = await instances(redis_server().url, 2)
+    room, model = new_room(), named("stall=3,tokens=10")
+    async with joined(two.a, room, "ann") as ann, joined(two.b, room, "bob") as bob:
+        told = await ann.call("generate", message="go", model=model)
+        local = asyncio.create_task(attach(two.a, told["stream_id"], NATIVE))
+        await bob.hear("stream_chunk")
+        await asyncio.sleep(0.3)
+        two.servers[0].child.send_signal(signal.SIGSTOP)
+        try:
+            lost = await bob.hear("stream_error")
+            await here(two.b, room, "bob")
+        finally:
+            two.servers[0].child.send_signal(signal.SIGCONT)
+        seen = await local
+        assert (seen.ending, seen.code) == ("failed", "owner_lost")
+        assert [item["type"] for item in seen.items].count("failed") == 1
+        assert await ann.hear("stream_error") == lost
+        for url in two.urls:
+            await here(url, room, "ann", "bob")
+    (record,) = await upstream.requests(model, closed=True)
+    assert record["closed_by"] == "client"
 
 
 async def test_a_maker_that_ends_while_it_is_cut_off(
