@@ -29,6 +29,7 @@ from streaming.config import Config, ConfigError, is_demo, load
 from streaming.delivery import Delivery
 from streaming.demo import DemoModel
 from streaming.dialects import timestamp
+from streaming.errors import CannotStart
 from streaming.generations import Generations
 from streaming.models import Models, ModelSource
 from streaming.presence import Presence
@@ -36,6 +37,7 @@ from streaming.rooms import Rooms
 from streaming.upstream import OpenAIUpstream
 
 if TYPE_CHECKING:
+    from streaming.history import History
     from streaming.redis_bridge import RedisBridge
 
 logger = logging.getLogger("rivulet")
@@ -53,8 +55,9 @@ def build(config: Config) -> web.Application:
     app[STATE] = State()
     app[DELIVERY] = Delivery(config.delivery)
     bridge = _bridge(app)
-    keeper, mirror = (bridge.rooms, bridge.mirror) if bridge is not None else (None, None)
+    mirror = bridge.mirror if bridge is not None else None
     app[GENERATIONS] = Generations(config.generation, _models(config), mirror)
+    keeper = bridge.rooms if bridge is not None else _history(app)
     app[ROOMS] = Rooms(config.rooms, config.history, keeper)
     app[PRESENCE] = Presence(app[DELIVERY], config.rooms.grace)
     app[CHANNELS] = Channels(config.delivery, config.limits)
@@ -73,7 +76,7 @@ def _bridge(app: web.Application) -> RedisBridge | None:
     from streaming.redis_bridge import RedisBridge  # only who asks for it needs it
 
     bridge = RedisBridge(app[CONFIG], app[DELIVERY])
-    app[STATE].bridge = bridge
+    app[STATE].needs["bridge_unavailable"] = bridge
 
     async def open(app: web.Application) -> None:
         await bridge.start()
@@ -84,6 +87,26 @@ def _bridge(app: web.Application) -> RedisBridge | None:
     app.on_startup.append(open)
     app.on_cleanup.append(close)
     return bridge
+
+
+def _history(app: web.Application) -> History | None:
+    path = app[CONFIG].history.path
+    if not path:
+        return None
+    from streaming.history import History  # only who asks for it needs it
+
+    history = History(path, app[CONFIG].rooms)
+    app[STATE].needs["history_unavailable"] = history
+
+    async def open(app: web.Application) -> None:
+        await history.start()
+
+    async def close(app: web.Application) -> None:
+        await history.close()
+
+    app.on_startup.append(open)
+    app.on_cleanup.append(close)
+    return history
 
 
 def _models(config: Config) -> Models:
@@ -180,7 +203,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         contextlib.suppress(KeyboardInterrupt),
         asyncio.Runner(loop_factory=lambda: _new_loop(config.server.loop)) as loop,
     ):
-        loop.run(_serve(config, listener, url))
+        try:
+            loop.run(_serve(config, listener, url))
+        except CannotStart as error:
+            print(error, file=sys.stderr)
+            return 1
     return 0
 
 
