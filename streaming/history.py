@@ -103,7 +103,7 @@ class History(Keeper):
             if _code(error) == sqlite3.SQLITE_BUSY:
                 reason = "another process uses it"
             elif _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-                reason += "; with it and its -wal moved away, history begins anew"
+                reason = "damaged, or no SQLite file; move it and its -wal away to begin anew"
             raise CannotStart(
                 f"history.path: {self._file.path} cannot be used: {reason}"
             ) from error

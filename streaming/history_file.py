@@ -7,6 +7,7 @@ the file was closed in order; it is cleared, and that is on the disk, before any
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sqlite3
 import time
@@ -73,7 +74,7 @@ class HistoryFile:
     def __init__(self, path: str, age_ms: int) -> None:
         self.path = path
         self._age_ms = age_ms
-        self._aged = 0.0  # when rooms were last looked for that nobody has used for long
+        self._aged = -math.inf  # when rooms were last looked for that nobody has used for long
         self._db: sqlite3.Connection
 
     def open(self) -> None:
