@@ -83,7 +83,7 @@ class History(Keeper):
         self._lost: set[str] = set()  # forgotten, and could not be written
         self._lock = asyncio.Lock()  # of batches
         self._writing: asyncio.Task[None] | None = None
-        self._failing = self._corrupt = False
+        self._opened = self._failing = self._corrupt = False
         self._whole = True  # the file has missed nothing since it was opened
 
     @property
@@ -107,11 +107,14 @@ class History(Keeper):
             raise CannotStart(
                 f"history.path: {self._file.path} cannot be used: {reason}"
             ) from error
+        self._opened = True
 
     async def close(self) -> None:
         """Writes what is left. Only where nothing was ever missed, rooms go on in the same epochs
         when the file is opened again: also those in which nothing has been said yet.
         """
+        if not self._opened:
+            return
         for name, held in self._held.items():
             if held.loading is None and not held.deleted:
                 self._dirty[name] = held
