@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ from streaming.config import Config, ConfigError, is_demo, load
 from streaming.delivery import Delivery
 from streaming.demo import DemoModel
 from streaming.dialects import timestamp
+from streaming.errors import CannotStart
 from streaming.generations import Generations
 from streaming.models import Models, ModelSource
 from streaming.presence import Presence
@@ -38,6 +39,7 @@ from streaming.rooms import Rooms
 from streaming.upstream import OpenAIUpstream
 
 if TYPE_CHECKING:
+    from streaming.history import History
     from streaming.redis_bridge import RedisBridge
 
 logger = logging.getLogger("rivulet")
@@ -57,11 +59,12 @@ def build(config: Config) -> web.Application:
     app[STATE] = State()
     app[DELIVERY] = Delivery(config.delivery)
     bridge = _bridge(app)
-    keeper, mirror, kept = None, None, config.rooms
+    mirror, kept = None, config.rooms
     if bridge is not None:
-        keeper, mirror = bridge.rooms, bridge.mirror
+        mirror = bridge.mirror
         kept = replace(kept, idle=min(kept.idle, HELD))  # Redis has them
     app[GENERATIONS] = Generations(config.generation, _models(config), mirror)
+    keeper = bridge.rooms if bridge is not None else _history(app)
     app[ROOMS] = Rooms(kept, config.history, keeper)
     app[PRESENCE] = Presence(app[DELIVERY], config.rooms.grace)
     relay = bridge.link if bridge is not None else None
@@ -81,17 +84,31 @@ def _bridge(app: web.Application) -> RedisBridge | None:
     from streaming.redis_bridge import RedisBridge  # only who asks for it needs it
 
     bridge = RedisBridge(app[CONFIG], app[DELIVERY])
-    app[STATE].bridge = bridge
-
-    async def open(app: web.Application) -> None:
-        await bridge.start()
-
-    async def close(app: web.Application) -> None:
-        await bridge.close()
-
-    app.on_startup.append(open)
-    app.on_cleanup.append(close)
+    _run_with(app, "bridge_unavailable", bridge)
     return bridge
+
+
+def _history(app: web.Application) -> History | None:
+    path = app[CONFIG].history.path
+    if not path:
+        return None
+    from streaming.history import History  # only who asks for it needs it
+
+    history = History(path, app[CONFIG].rooms)
+    _run_with(app, "history_unavailable", history)
+    return history
+
+
+def _run_with(app: web.Application, code: str, part: RedisBridge | History) -> None:
+    """Starts and closes this part with the application; `/ready` says the code where it fails."""
+
+    async def context(app: web.Application) -> AsyncIterator[None]:
+        await part.start()
+        yield
+        await part.close()
+
+    app[STATE].needs[code] = part
+    app.cleanup_ctx.append(context)
 
 
 def _models(config: Config) -> Models:
@@ -195,7 +212,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         contextlib.suppress(KeyboardInterrupt),
         asyncio.Runner(loop_factory=lambda: _new_loop(config.server.loop)) as loop,
     ):
-        loop.run(_serve(config, listener, url))
+        try:
+            loop.run(_serve(config, listener, url))
+        except CannotStart as error:
+            print(error, file=sys.stderr)
+            return 1
     return 0
 
 

@@ -14,19 +14,21 @@ from streaming.presence import Presence
 from streaming.rooms import Rooms
 
 
-class Bridge(Protocol):
-    """What links this instance to others."""
+class Need(Protocol):
+    """What this instance is not whole without."""
 
     @property
     def ready(self) -> bool:
-        """Whether it does now."""
+        """Whether it works now."""
 
 
 class State:
     """What changes over the life of the application."""
 
     draining = False
-    bridge: Bridge | None = None
+
+    def __init__(self) -> None:
+        self.needs: dict[str, Need] = {}  # by what /ready says where one does not work
 
 
 CHANNELS = web.AppKey("channels", Channels)

@@ -28,9 +28,10 @@ async def health(request: web.Request) -> web.Response:
 async def ready(request: web.Request) -> web.Response:
     """GET /ready: 200, or 503 when no new client should come here."""
     state = request.app[STATE]
-    if state.draining or (state.bridge is not None and not state.bridge.ready):
-        why = "draining" if state.draining else "bridge_unavailable"
-        return json_response({"status": why}, 503, {**_NO_STORE, "Retry-After": "1"})
+    wrong = ["draining"] if state.draining else []
+    wrong += [why for why, need in state.needs.items() if not need.ready]
+    if wrong:
+        return json_response({"status": wrong[0]}, 503, {**_NO_STORE, "Retry-After": "1"})
     return json_response({"status": "ready"}, headers=_NO_STORE)
 
 

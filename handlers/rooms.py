@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -65,7 +66,8 @@ def _type(fields: Fields) -> str:
 
 async def post_messages(request: web.Request) -> web.Response:
     """POST /api/v1/rooms/{room}/messages: one event, or a list of them, all or none."""
-    room, user, limits = await room_of(request), request[USER], request.app[CONFIG].limits
+    name, user = check_room(request.match_info["room"], request[USER]), request[USER]
+    limits = request.app[CONFIG].limits
     body = await read_json(request, limits.frame_bytes)  # as on a socket: a room keeps many of them
     batch = body if isinstance(body, list) else [body]
     if len(batch) > BATCH:
@@ -74,6 +76,7 @@ async def post_messages(request: web.Request) -> web.Response:
         raise BadRequest("the body must be a JSON object or a list of them", param="body")
     fields = [Fields(each, limits) for each in batch]
     told = [(type := _type(each), said(each, user, type)) for each in fields]
+    room = await request.app[ROOMS].open(name)  # not before: it may be forgotten while a body comes
     ids = await room.publish(told, key=(user, idempotency_key(request)))
     answer: JSON = {"ids": ids} if isinstance(body, list) else {"id": ids[0]}
     return json_response(answer, 201)
@@ -126,8 +129,8 @@ async def delete(request: web.Request) -> web.Response:
     for stream_id in list(room.running):
         if (generation := await request.app[GENERATIONS].find(stream_id, user)) is not None:
             generation.stop()
-    await rooms.keeper.delete(room, user)
-    rooms.end(name, user)
+    # A client that goes away meanwhile leaves no half of it.
+    await asyncio.shield(asyncio.create_task(rooms.delete(room, user)))
     return json_response({"deleted": True})
 
 

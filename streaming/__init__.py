@@ -5,8 +5,8 @@ Floors, lowest first; a module imports only from lower floors (tests/test_floors
     0  config errors
     1  clock events markup models publisher
     2  decoder demo dialects log
-    3  encoders frames rooms upstream writer
-    4  delivery generation redis_link
+    3  encoders frames history_file rooms upstream writer
+    4  delivery generation history redis_link
     5  channels presence producer responses sockets
     6  generations redis_scripts
     7  redis_rooms

@@ -138,8 +138,9 @@ class Rooms:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What a model is told of the conversation so far."""
+    """What is kept of rooms, and what a model is told of a conversation so far."""
 
+    path: str = _key("", "A SQLite file in which rooms outlive a restart; without it they do not.")
     messages: int = _number(100, 1, 100, "Its last messages, at most 100.")
 
 
@@ -249,6 +250,8 @@ def load(
     config: Config = _table(Config, draft, "", problems)
     if not any(path.startswith(("model", "upstreams", "server", "redis")) for path in problems):
         problems |= _across(config)
+    if not any(path.startswith(("history", "redis")) for path in problems):
+        problems |= _keepers(config)
     if problems:
         lines = []
         for path, reason in problems.items():
@@ -351,6 +354,12 @@ def _across(config: Config) -> dict[str, str]:
                 problems[f"{path}.fallbacks[{n}]"] = _unknown(name, sorted(known), "model")
         names.add(upstream.name)
     return problems
+
+
+def _keepers(config: Config) -> dict[str, str]:
+    if config.history.path and config.redis.url:
+        return {"history.path": "must be empty where redis.url is set: Redis keeps the rooms then"}
+    return {}
 
 
 def _unknown(name: str, known: Iterable[str], what: str = "key") -> str:

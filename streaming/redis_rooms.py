@@ -64,6 +64,7 @@ class RedisRooms(Keeper):
     """
 
     immediate = False
+    keeps = True
 
     def __init__(
         self, link: Link, me: str, prefix: str, cfg: config.Rooms, delivery: Delivery

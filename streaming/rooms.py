@@ -31,6 +31,7 @@ class Keeper:
     """
 
     immediate = True  # `publish` returns in the turn of the loop in which it is called
+    keeps = False  # it may know rooms that are not held in this process
 
     async def open(self, room: Room) -> None:
         """Brings a room to the present, before anybody reads it. Raises Unavailable."""
@@ -49,7 +50,8 @@ class Keeper:
 
     def conclude(self, room: Room, type: str, data: JSON) -> None:
         """Tells the room of the end of a generation that has run in it, from here."""
-        room.append(type, data)
+        if not room.log.closed:  # else it has been deleted
+            room.append(type, data)
 
     def running(self, room: Room, stream_id: str) -> Log | None:
         """The log of a generation that runs elsewhere."""
@@ -89,7 +91,7 @@ class Room:
         self.people: dict[str, int] = {}  # connections here, by user
         self.elsewhere: dict[str, set[str]] = {}  # people by the instance that has them
         self.used = self.left = time.monotonic()  # left: when somebody last went
-        self._keys: OrderedDict[tuple[str, str], tuple[bytes, list[str]]] = OrderedDict()
+        self.keys: OrderedDict[tuple[str, str], tuple[bytes, list[str]]] = OrderedDict()
 
     def _begin(self, config: RoomsConfig, epoch: str | None = None, start: int = 0) -> Log:
         bounds = {"max_events": config.events, "max_bytes": config.bytes}
@@ -141,14 +143,14 @@ class Room:
         if not key[1]:
             return [str(self.append(type, data).id) for type, data in events]
         digest = hashlib.sha256(orjson.dumps(events, option=orjson.OPT_SORT_KEYS)).digest()
-        first, ids = self._keys.get(key, (digest, []))
+        first, ids = self.keys.get(key, (digest, []))
         if first != digest:
             raise InvalidField("Idempotency-Key", "was used before with a different body")
         if not ids:
             ids = [str(self.append(type, data).id) for type, data in events]
-            self._keys[key] = digest, ids
-            if len(self._keys) > KEYS:
-                self._keys.popitem(last=False)
+            self.keys[key] = digest, ids
+            if len(self.keys) > KEYS:
+                self.keys.popitem(last=False)
         return ids
 
     def context(self) -> list[JSON]:
@@ -306,6 +308,11 @@ class Rooms:
             room.append("left", {"user_id": user})
             room.log.close()
 
+    async def delete(self, room: Room, user: str) -> None:
+        """Ends a room, and lets go of all that is kept of it. Raises Unavailable."""
+        await self.keeper.delete(room, user)
+        self.end(room.name, user)
+
     async def open(self, name: str, after: str | None = None) -> Room:
         """As `get`, brought to the present, and to the position `after`: what anybody is told of a
         room is told of this.
@@ -319,7 +326,7 @@ class Rooms:
     async def seek(self, name: str) -> Room | None:
         """The room of this name, here or elsewhere, if anything is known of it."""
         room = self._rooms.get(name)
-        if room is not None or self.keeper.immediate:
+        if room is not None or not self.keeper.keeps:
             return room
         room = await self.open(name)
         return room if room.log.top or room.members else None
