@@ -6,6 +6,7 @@ lives as long as somebody reads it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,42 +31,41 @@ class Channels:
         self.delivery = Delivery(replace(config, heartbeat=HEARTBEAT))
         self._most = limits.streams_per_user
         self._logs: dict[tuple[str, str], Log] = {}
-        self._readers: dict[tuple[str, str], int] = {}
-        self._streams: dict[str, int] = {}
+        self._streams: dict[str, Counter[str]] = {}  # of each user, by channel
 
     @contextmanager
     def reading(self, user: str, channel: str) -> Iterator[Cursor]:
         """A cursor from now, as long as this is open. Raises RivuletError (429) where the user has
         too many streams; an open one is never closed for a new one.
         """
-        if self._streams.get(user, 0) >= self._most:
+        streams = self._streams.setdefault(user, Counter())
+        if streams.total() >= self._most:
             message = f"a user may have {self._most} streams open"
             raise RivuletError(message, status=429, code="too_many_streams", retry_after=RETRY)
         key = user, channel
         log = self._logs.setdefault(key, Log({}, max_events=KEPT, max_bytes=BYTES))
-        self._streams[user] = self._streams.get(user, 0) + 1
-        self._readers[key] = self._readers.get(key, 0) + 1
+        streams[channel] += 1
         try:
             yield Cursor(log, log.top)
         finally:
-            for counts, name in ((self._streams, user), (self._readers, key)):
-                counts[name] -= 1  # type: ignore[index]
-                if not counts[name]:  # type: ignore[index]
-                    del counts[name]  # type: ignore[arg-type]
-            if key not in self._readers:
-                del self._logs[key]
+            streams[channel] -= 1
+            if not streams[channel]:
+                del streams[channel], self._logs[key]
+            if not streams:
+                del self._streams[user]
 
     def publish(self, user: str, channel: str, event: str, data: JSON) -> int:
         """Tells whoever reads this channel; how many streams that are."""
-        key = user, channel
-        if key in self._logs:
-            # A browser takes an event called `error` for a broken connection.
-            self._logs[key].append("failed" if event == "error" else event, data)
-        return self._readers.get(key, 0)
+        log = self._logs.get((user, channel))
+        if log is None:
+            return 0
+        # A browser takes an event called `error` for a broken connection.
+        log.append("failed" if event == "error" else event, data)
+        return self._streams[user][channel]
 
 
 def _say(event: Event) -> list[JSON]:
     return [{"timestamp": timestamp(event.time), **event.data}]
 
 
-CHANNEL = Dialect("channel", _say, ids="none", named="event")
+CHANNEL = Dialect("channel", _say, ids="none", named="event", dated=True)
