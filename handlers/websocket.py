@@ -19,16 +19,14 @@ from handlers.chat import Question, begin
 from handlers.keys import CONFIG, DELIVERY, GENERATIONS, PRESENCE, REQUEST_ID, ROOMS, USER
 from handlers.reading import Fields, last_event_id, parse
 from handlers.rooms import check_room, history, said
-from streaming.delivery import TooSlow
 from streaming.errors import BadRequest, InvalidField, NotFound, RivuletError
 from streaming.events import JSON
 from streaming.rooms import Room
-from streaming.sockets import TOO_SLOW, SocketSink
+from streaming.sockets import LINGER, SocketSink, open_socket
 
 logger = logging.getLogger("rivulet.websocket")
 
 ROOMS_MOST = 1000  # on one socket
-LINGER = 1.0  # seconds for a client to take a close frame
 
 
 class Connection:
@@ -68,16 +66,17 @@ class Connection:
 
     def gone(self) -> None:
         """The socket is closed."""
-        self.sink.gone()
         for room in self._rooms.values():
             self._app[PRESENCE].leave(room, self._user)
         self._rooms.clear()
 
-    def take(self, text: str) -> None:
+    def take(self, said: str | bytes) -> None:
         """Does what a frame says, and answers it."""
         ref: object = None
         try:
-            frame = parse(text, "frame")
+            if isinstance(said, bytes):
+                raise BadRequest("frames are JSON text, not binary")
+            frame = parse(said, "frame")
             if not isinstance(frame, dict):
                 raise BadRequest("the frame must be a JSON object", param="frame")
             ref = frame.get("ref")
@@ -165,56 +164,22 @@ class Connection:
         return {"type": "pong"}
 
 
-async def serve(request: web.Request) -> web.WebSocketResponse:
-    """GET /ws and /ws/{room}: runs until either side closes."""
-    config = request.app[CONFIG]
-    response = web.WebSocketResponse(
-        compress=config.delivery.compression,
-        autoping=False,  # pongs are ours to hear
-        autoclose=False,
-        max_msg_size=config.limits.frame_bytes,
-    )
-    own = request.match_info.get("room")
+async def serve(request: web.Request) -> web.StreamResponse:
+    """GET /ws and /ws/{room}: opens a socket, which runs until either side closes."""
+    config, user, own = request.app[CONFIG], request[USER], request.match_info.get("room")
     if own is not None:
-        check_room(own, request[USER])
-    writer = await response.prepare(request)
-    assert writer is not None
-    response.headers.clear()  # they are sent
-    connection = Connection(request, SocketSink(request.app[DELIVERY], request, response, writer))
-    sink = connection.sink
+        check_room(own, user)
+    most, compression = config.limits.frame_bytes, config.delivery.compression
+    sink, response = await open_socket(request.app[DELIVERY], request, most, compression)
+    sink.listener = connection = Connection(request, sink)
     try:
-        if request[USER] != "anonymous":
+        if user != "anonymous":
             # Nothing is said of it: whoever is in it hears what comes.
-            personal = request.app[ROOMS].get(f"user:{request[USER]}")
-            sink.follow(personal.join(None)[0])
+            sink.follow(request.app[ROOMS].get(f"user:{user}").join(None)[0])
         if own is not None:
             connection.enter(own, last_event_id(request), own=True)
-        while True:
-            received = await response.receive()
-            sink.heard()
-            if received.type is WSMsgType.TEXT:
-                connection.take(received.data)
-                await sink.drained()  # reads no next frame while its answers cannot be written
-            elif received.type is WSMsgType.PING:
-                await response.pong(received.data)
-            elif received.type is WSMsgType.BINARY:
-                error = BadRequest("frames are JSON text, not binary")
-                sink.send({"type": "error", **error.body(request[REQUEST_ID])})
-                await sink.drained()
-            elif received.type is WSMsgType.ERROR:
-                await _linger(request)
-                break
-            elif received.type is not WSMsgType.PONG:
-                await _goodbye(response)
-                break
-    except TooSlow:
-        await sink.close(TOO_SLOW, "too slow: come back and resume")
     except RivuletError as error:  # there is no place for its room
-        await sink.close(WSCloseCode.TRY_AGAIN_LATER, error.message)
-    except ConnectionError:
-        pass
-    finally:
-        connection.gone()
+        sink.close(WSCloseCode.TRY_AGAIN_LATER, error.message)
     return response
 
 
