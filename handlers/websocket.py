@@ -18,7 +18,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from handlers.chat import Question, begin
 from handlers.keys import CONFIG, DELIVERY, GENERATIONS, PRESENCE, REQUEST_ID, ROOMS, USER
 from handlers.reading import Fields, last_event_id, parse
-from handlers.rooms import check_room, history, said
+from handlers.rooms import check_room, history, is_personal, said
 from streaming.errors import BadRequest, InvalidField, NotFound, RivuletError
 from streaming.events import JSON
 from streaming.rooms import Room
@@ -112,6 +112,8 @@ class Connection:
 
     def leave(self, frame: JSON) -> JSON:
         room = self._room(frame)
+        if is_personal(room.name):
+            raise InvalidField("room", "every connection is in its own person's room")
         del self._rooms[room.name]
         self.sink.unfollow(room)
         self._app[PRESENCE].leave(room, self._user)

@@ -267,6 +267,19 @@ async def test_everybody_is_in_a_room_of_their_own(demo_server: Server) -> None:
             assert (told["room"], told["data"]) == (f"user:{me}", {"n": 1})
 
 
+async def test_nobody_gets_out_of_their_own_room(demo_server: Server) -> None:
+    """It can be neither left nor deleted: what is published there is still heard."""
+    me = new_room()
+    own = f"user:{me}"
+    async with on_socket(demo_server.url, user_id=me) as one:
+        assert (await one.call("join", room=own))["type"] == "joined"
+        assert (await one.call("leave", room=own))["param"] == "room"
+        status, told = await request(demo_server.url, "DELETE", f"/api/v1/rooms/{own}", user=me)
+        assert (status, told["error"]["code"]) == (409, "conflict")
+        await publish(demo_server.url, own, {"content": "Hi"}, me)
+        assert (await one.hear("message"))["content"] == "Hi"
+
+
 async def test_what_was_missed_in_the_own_room_can_be_read(demo_server: Server) -> None:
     """By joining it with the last id."""
     me = new_room()
