@@ -15,7 +15,7 @@ from handlers.keys import CONFIG, GENERATIONS, PRESENCE, ROOMS, USER
 from handlers.middleware import json_response
 from handlers.reading import Fields, idempotency_key, last_event_id, read_json
 from streaming.encoders import SSE
-from streaming.errors import BadRequest, InvalidField, NotFound, TooLarge
+from streaming.errors import BadRequest, Conflict, InvalidField, NotFound, TooLarge
 from streaming.events import JSON, Position
 from streaming.frames import RESERVED, message
 from streaming.frames import ROOMS as FRAMES
@@ -39,6 +39,11 @@ def check_room(name: str, user: str) -> str:
     if colon and kind in ("conv", "user") and owner != user:
         raise NotFound("no such room", param="room")
     return name
+
+
+def is_personal(name: str) -> bool:
+    """Whether it is a `user:{id}`, in which every connection of theirs is as long as it lives."""
+    return name.startswith("user:")
 
 
 async def room_of(request: web.Request, after: str | None = None) -> Room:
@@ -122,6 +127,8 @@ async def rooms(request: web.Request) -> web.Response:
 async def delete(request: web.Request) -> web.Response:
     """DELETE /api/v1/rooms/{room}: ends it and what runs in it; everybody in it is told `left`."""
     name, user = check_room(request.match_info["room"], request[USER]), request[USER]
+    if is_personal(name):
+        raise Conflict("all connections of its owner are in this room", param="room")
     rooms = request.app[ROOMS]
     room = await rooms.seek(name)
     if room is None:

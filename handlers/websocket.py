@@ -18,17 +18,15 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from handlers.chat import Question, begin
 from handlers.keys import CONFIG, DELIVERY, GENERATIONS, PRESENCE, REQUEST_ID, ROOMS, USER
 from handlers.reading import Fields, last_event_id, parse
-from handlers.rooms import check_room, history, said
-from streaming.delivery import TooSlow
+from handlers.rooms import check_room, history, is_personal, said
 from streaming.errors import BadRequest, InvalidField, NotFound, RivuletError
 from streaming.events import JSON
 from streaming.rooms import Room
-from streaming.sockets import TOO_SLOW, SocketSink
+from streaming.sockets import LINGER, SocketSink, open_socket
 
 logger = logging.getLogger("rivulet.websocket")
 
 ROOMS_MOST = 1000  # on one socket
-LINGER = 1.0  # seconds for a client to take a close frame
 
 
 class Connection:
@@ -45,21 +43,17 @@ class Connection:
         self._rooms: dict[str, Room] = {}
         self._own = ""  # the room of the path
 
-    async def enter(
-        self, name: str, after: str | None, *, own: bool = False, ref: object = None
+    def enter(
+        self, room: Room, after: str | None, *, own: bool = False, ref: object = None
     ) -> None:
-        """Comes into a room, and is told where it stands. Raises InvalidField, NotFound."""
-        check_room(name, self._user)
-        before = self._rooms.get(name)
-        if before is None and len(self._rooms) >= ROOMS_MOST:
-            raise InvalidField("room", f"a socket can be in {ROOMS_MOST} rooms")
-        room = await self._app[ROOMS].open(name, after)
+        """Comes into a room that is open, and is told where it stands."""
+        before = self._rooms.get(room.name)
         if room is not before:
             self._app[PRESENCE].enter(room, self._user)
-            self._rooms[name] = room
+            self._rooms[room.name] = room
             if before is not None:  # it was deleted
                 self._app[PRESENCE].leave(before, self._user)
-        self._own = name if own else self._own
+        self._own = room.name if own else self._own
         cursor, opening = room.join(after)
         frames = [item for event in opening for item in self.sink.encoder.dialect.say(event) or ()]
         if ref is not None:
@@ -70,16 +64,17 @@ class Connection:
 
     def gone(self) -> None:
         """The socket is closed."""
-        self.sink.gone()
         for room in self._rooms.values():
             self._app[PRESENCE].leave(room, self._user)
         self._rooms.clear()
 
-    async def take(self, text: str) -> None:
+    async def take(self, said: str | bytes) -> None:
         """Does what a frame says, and answers it."""
         ref: object = None
         try:
-            frame = parse(text, "frame")
+            if isinstance(said, bytes):
+                raise BadRequest("frames are JSON text, not binary")
+            frame = parse(said, "frame")
             if not isinstance(frame, dict):
                 raise BadRequest("the frame must be a JSON object", param="frame")
             ref = frame.get("ref")
@@ -113,10 +108,15 @@ class Connection:
     async def join(self, frame: JSON) -> None:
         fields = Fields(frame, self._limits)
         after = fields.text("last_event_id", "", most=128) or None
-        await self.enter(fields.text("room", most=128), after, ref=frame.get("ref"))
+        name = check_room(fields.text("room", most=128), self._user)
+        if name not in self._rooms and len(self._rooms) >= ROOMS_MOST:
+            raise InvalidField("room", f"a socket can be in {ROOMS_MOST} rooms")
+        self.enter(await self._app[ROOMS].open(name, after), after, ref=frame.get("ref"))
 
     def leave(self, frame: JSON) -> JSON:
         room = self._room(frame)
+        if is_personal(room.name):
+            raise InvalidField("room", "every connection is in its own person's room")
         del self._rooms[room.name]
         self.sink.unfollow(room)
         self._app[PRESENCE].leave(room, self._user)
@@ -171,56 +171,30 @@ class Connection:
         return {"type": "pong"}
 
 
-async def serve(request: web.Request) -> web.WebSocketResponse:
-    """GET /ws and /ws/{room}: runs until either side closes."""
-    config = request.app[CONFIG]
-    response = web.WebSocketResponse(
-        compress=config.delivery.compression,
-        autoping=False,  # pongs are ours to hear
-        autoclose=False,
-        max_msg_size=config.limits.frame_bytes,
-    )
-    own = request.match_info.get("room")
+async def serve(request: web.Request) -> web.StreamResponse:
+    """GET /ws and /ws/{room}: opens a socket, which runs until either side closes."""
+    config, user, own = request.app[CONFIG], request[USER], request.match_info.get("room")
     if own is not None:
-        check_room(own, request[USER])
-    writer = await response.prepare(request)
-    assert writer is not None
-    response.headers.clear()  # they are sent
-    connection = Connection(request, SocketSink(request.app[DELIVERY], request, response, writer))
-    sink = connection.sink
+        check_room(own, user)
+    most, compression = config.limits.frame_bytes, config.delivery.compression
+    personal = room = refused = None
     try:
-        if request[USER] != "anonymous":
-            # Nothing is said of it: whoever is in it hears what comes.
-            personal = await request.app[ROOMS].open(f"user:{request[USER]}")
-            sink.follow(personal.join(None)[0])
+        if user != "anonymous":
+            personal = await request.app[ROOMS].open(f"user:{user}")
         if own is not None:
-            await connection.enter(own, last_event_id(request), own=True)
-        while True:
-            received = await response.receive()
-            sink.heard()
-            if received.type is WSMsgType.TEXT:
-                await connection.take(received.data)
-                await sink.drained()  # reads no next frame while its answers cannot be written
-            elif received.type is WSMsgType.PING:
-                await response.pong(received.data)
-            elif received.type is WSMsgType.BINARY:
-                error = BadRequest("frames are JSON text, not binary")
-                sink.send({"type": "error", **error.body(request[REQUEST_ID])})
-                await sink.drained()
-            elif received.type is WSMsgType.ERROR:
-                await _linger(request)
-                break
-            elif received.type is not WSMsgType.PONG:
-                await _goodbye(response)
-                break
-    except TooSlow:
-        await sink.close(TOO_SLOW, "too slow: come back and resume")
-    except RivuletError as error:  # there is no place for its room
-        await sink.close(WSCloseCode.TRY_AGAIN_LATER, error.message)
-    except ConnectionError:
-        pass
-    finally:
-        connection.gone()
+            room = await request.app[ROOMS].open(own, last_event_id(request))
+    except RivuletError as error:  # there is no place for its room, or it cannot be read now
+        refused = error
+    sink, response = await open_socket(request.app[DELIVERY], request, most, compression)
+    sink.listener = connection = Connection(request, sink)
+    if refused is not None:
+        sink.close(WSCloseCode.TRY_AGAIN_LATER, refused.message)
+        return response
+    if personal is not None:
+        # Nothing is said of it: whoever is in it hears what comes.
+        sink.follow(personal.join(None)[0])
+    if room is not None:
+        connection.enter(room, last_event_id(request), own=True)
     return response
 
 

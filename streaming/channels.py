@@ -136,4 +136,4 @@ def _say(event: Event) -> list[JSON]:
     return [{"timestamp": timestamp(event.time), **event.data}]
 
 
-CHANNEL = Dialect("channel", _say, ids="none", named="event")
+CHANNEL = Dialect("channel", _say, ids="none", named="event", dated=True)

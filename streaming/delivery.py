@@ -21,8 +21,8 @@ from collections import OrderedDict
 from collections.abc import Coroutine, Hashable
 from typing import Any, Protocol
 
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.base_protocol import BaseProtocol
+from aiohttp.http import StreamWriter
 
 from streaming.config import Delivery as DeliveryConfig
 from streaming.encoders import Encoder
@@ -298,8 +298,7 @@ class Sink:
         self,
         delivery: Delivery,
         transport: asyncio.Transport,
-        protocol: RequestHandler,
-        writer: AbstractStreamWriter,
+        protocol: BaseProtocol,
         encoder: Encoder,
         chunked: bool,
     ) -> None:
@@ -307,7 +306,6 @@ class Sink:
         self.delivery = delivery
         self.transport = transport
         self.protocol = protocol
-        self.writer = writer
         self.encoder = encoder
         self.chunked = chunked
         self.live = False
@@ -339,14 +337,18 @@ class Sink:
     def join(self) -> None:
         """Makes it live. All its cursors must be at the top."""
         for cursor in self.cursors.values():
-            feed = self.delivery.feed(cursor)
-            if feed.cursor.behind:
-                # The feed's own flush is about to come: with it they stand at the same place. It
-                # may put out the last sink of the feed, and the feed with it.
-                feed.flush()
-                feed = self.delivery.feed(cursor)
-            feed.add(self)
+            self.enter(cursor)
         self.live = True
+
+    def enter(self, cursor: Place) -> None:
+        """Stands in the feed of this cursor, which must be at the top."""
+        feed = self.delivery.feed(cursor)
+        if feed.cursor.behind:
+            # The feed's own flush is about to come: with it they stand at the same place. It may
+            # put out the last sink of the feed, and the feed with it.
+            feed.flush()
+            feed = self.delivery.feed(cursor)
+        feed.add(self)
 
     def leave(self) -> None:
         """Ends the live state: its cursors stand behind what was written to it."""
@@ -378,7 +380,7 @@ class Sink:
         it is gone.
         """
         while self.protocol.writing_paused:
-            await self.taken(self.writer.drain())
+            await self.taken(StreamWriter(self.protocol, asyncio.get_running_loop()).drain())
 
     async def taken(self, writing: Coroutine[Any, Any, None]) -> None:
         """Waits for a write of aiohttp's to end, as long as the client takes anything.

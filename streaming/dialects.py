@@ -244,7 +244,8 @@ class Dialect:
     after it, before the data where the object has an id of its own, or nowhere. merge: adjacent
     deltas may go out as one. holds: the status waits for the first upstream delta or failure. cuts:
     after a failure the connection is cut, not ended.
-    named: SSE says as `event:` the object's type, or the event's. done: `[DONE]` ends it.
+    named: SSE says as `event:` the object's type, or the event's. done: `[DONE]` ends it. dated:
+    heartbeats say the time in RFC 3339, not in milliseconds.
     """
 
     name: str
@@ -255,6 +256,7 @@ class Dialect:
     cuts: bool = False
     named: Literal["", "object", "event"] = ""
     done: bool = True
+    dated: bool = False
 
 
 CONTENT = Dialect("content", _content, ids="after")

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import orjson
 
-from streaming.dialects import DONE, Dialect, is_text
+from streaming.dialects import DONE, Dialect, is_text, timestamp
 from streaming.events import Event
 
 
@@ -149,9 +149,10 @@ class Encoder:
             return b""  # a word in it would be taken for the model's
         if not name:
             return b": heartbeat\n\n" if self.framing.comments else b""
+        said = {"timestamp": timestamp(time) if self.dialect.dated else time}
         if self.framing.comments:
-            return b'event: %b\ndata: {"timestamp":%d}\n\n' % (name.encode(), time)
-        return orjson.dumps({"type": name, "timestamp": time}) + b"\n"
+            return b"event: %b\ndata: %b\n\n" % (name.encode(), orjson.dumps(said))
+        return orjson.dumps({"type": name, **said}) + b"\n"
 
     @property
     def cuts(self) -> bool:

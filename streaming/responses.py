@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from http import HTTPStatus
 
 from aiohttp import HttpVersion11, web
-from aiohttp.abc import AbstractStreamWriter
 from aiohttp_sse import EventSourceResponse
 
 from streaming.delivery import Delivery, Draining, Place, Sink
@@ -32,14 +31,13 @@ class ResponseSink(Sink):
         delivery: Delivery,
         request: web.Request,
         response: web.StreamResponse,
-        writer: AbstractStreamWriter,
         encoder: Encoder,
         cursor: Place,
     ) -> None:
         assert request.transport is not None
         # On HTTP/1.0 there are no chunks: the end of the body is the end of the connection.
         chunked = request.version >= HttpVersion11
-        super().__init__(delivery, request.transport, request.protocol, writer, encoder, chunked)
+        super().__init__(delivery, request.transport, request.protocol, encoder, chunked)
         self.response = response
         self.cursors[cursor.source] = cursor
         self._opening = encoder.opening  # goes out with the first bytes
@@ -155,12 +153,12 @@ async def open_stream(
         response.headers["Connection"] = "close"  # aiohttp-sse says keep-alive to everybody
     # Past aiohttp-sse's own `prepare`: that starts a ping task, which takes 1.2 KB of each stream
     # even when it is cancelled, and heartbeats here come from one timer for all.
-    writer = await web.StreamResponse.prepare(response, request)
+    await web.StreamResponse.prepare(response, request)
     response.headers.clear()  # they are sent
-    assert writer is not None and request.transport is not None
+    assert request.transport is not None
     if request.version < HttpVersion11:
         _reset_on_close(request.transport, True)
-    return ResponseSink(delivery, request, response, writer, encoder, cursor)
+    return ResponseSink(delivery, request, response, encoder, cursor)
 
 
 def _reset_on_close(transport: asyncio.Transport, on: bool) -> None:

@@ -294,6 +294,7 @@ class Rooms:
         self._config = config
         self._messages = history.messages
         self._rooms: OrderedDict[str, Room] = OrderedDict()  # least recently used first
+        self._look_again = 0.0  # when to look at all of them for a place, which takes a while
 
     def __len__(self) -> int:
         return len(self._rooms)
@@ -338,12 +339,15 @@ class Rooms:
     def get(self, name: str) -> Room:
         """The room of this name, made where there is none.
 
-        Raises Unavailable where there are too many rooms and all are in use.
+        Raises Unavailable where there are too many rooms and all are in use, or were a second ago.
         """
         room = self._rooms.get(name)
         if room is None:
             self.sweep()
-            if len(self._rooms) >= self._config.max_rooms:
+            if self._full and time.monotonic() >= self._look_again:
+                self._look_again = time.monotonic() + 1
+                self.sweep(len(self._rooms))
+            if self._full:
                 raise Unavailable("too many rooms are in use", code="overloaded", retry_after=5)
             room = Room(name, self._config, self._messages, self.keeper)
             self._rooms[name] = room
@@ -351,18 +355,24 @@ class Rooms:
         self._rooms.move_to_end(name)
         return room
 
-    def sweep(self) -> None:
-        """Forgets rooms that have been idle for too long, and one more where there is no place."""
+    @property
+    def _full(self) -> bool:
+        return len(self._rooms) >= self._config.max_rooms
+
+    def sweep(self, most: int = 100) -> None:
+        """Looks at `most` rooms, and at others the next time. Forgets those that have been idle for
+        too long, and one more where there is no place.
+        """
         oldest = time.monotonic() - self._config.idle
         unused: list[Room] = []
-        for room in list(islice(self._rooms.values(), 100)):  # a bounded bite; the next takes more
+        for room in list(islice(self._rooms.values(), most)):
             if room.running or room.people or room.log.listeners:
                 self._rooms.move_to_end(room.name)
             elif room.used < oldest:
                 self._forget(room)
             else:
                 unused.append(room)
-        if unused and len(self._rooms) >= self._config.max_rooms:
+        if unused and self._full:
             self._forget(min(unused, key=lambda room: room.used))
 
     def _forget(self, room: Room) -> None:

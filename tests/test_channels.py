@@ -144,6 +144,9 @@ async def test_silence_has_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(2):
             told = await ann.next()
             assert told.event == "heartbeat" and list(told.json()) == ["timestamp"]
+            # As `connected` says it (RFC 3339), to the millisecond.
+            assert len(told.json()["timestamp"]) == len(ann.first.json()["timestamp"])
+            assert told.json()["timestamp"] > ann.first.json()["timestamp"]
         await publish(url, "ann", "x", {})
         assert (await ann.next()).event == "x"
         assert (await ann.next()).event == "heartbeat"

@@ -325,6 +325,18 @@ def test_rooms_in_use_keep_their_places(time: Time) -> None:
     assert rooms.get("a") and len(rooms) == 2
 
 
+def test_a_place_is_found_among_many_rooms_in_use(time: Time) -> None:
+    """Wherever it is. Where there is none all are looked at once a second: it takes a while."""
+    rooms = registry(max_rooms=1000)
+    for number in range(1000):
+        rooms.get(f"room{number}").people["ann"] = 1
+    with pytest.raises(Unavailable):
+        rooms.get("one more")
+    rooms.get("room700").people.clear()
+    time.now += 1
+    assert rooms.get("one more") and rooms.find("room700") is None
+
+
 @property_test
 @given(st.lists(st.sampled_from("abcdefgh"), max_size=40), st.integers(1, 5))
 def test_there_are_never_more_rooms_than_allowed(gets: list[str], most: int) -> None:

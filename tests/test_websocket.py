@@ -12,9 +12,15 @@ import aiohttp
 import pytest
 from yarl import URL
 
+from app import build
+from streaming.config import Config
+from streaming.delivery import Feed, Sink
 from tests.conftest import StartServer
+from tests.inside import in_process
 from tests.people import joined, members, new_room, on_socket, publish, request
 from tests.processes import Server
+from tests.raw_socket import TEXT, RawSocket, frame
+from tests.readers import connect
 
 
 def without(told: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -64,6 +70,54 @@ async def test_one_socket_is_in_many_rooms(demo_server: Server) -> None:
             await publish(demo_server.url, room, {"content": room})
         heard = await ann.so_far()
     assert [(told["room"], told["content"]) for told in heard] == [(r, r) for r in rooms[::2]]
+
+
+async def test_joining_a_room_leaves_the_others_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So the thousandth costs what the first did; leaving likewise."""
+    touched: list[str] = []
+    for name in ("add", "remove"):
+        real = getattr(Feed, name)
+
+        def counted(feed: Feed, sink: Sink, real: Any = real, name: str = name) -> Any:
+            touched.append(name)
+            return real(feed, sink)
+
+        monkeypatch.setattr(Feed, name, counted)
+    async with in_process(build(Config())) as url, on_socket(url) as ann:
+        for number in range(50):
+            await ann.call("join", room=f"room-{number}")
+        await ann.call("join", room="room-0")
+        for number in range(50):
+            await ann.call("leave", room=f"room-{number}")
+    assert touched.count("add") == touched.count("remove") == 51
+
+
+async def test_what_is_said_with_the_handshake_is_heard(demo_server: Server) -> None:
+    """Whole frames, and one that comes half before and half after the answer."""
+    async with connect(demo_server.url) as connection:
+        ping = frame(TEXT, b'{"type":"ping","ref":1}')
+        half = frame(TEXT, b'{"type":"ping","ref":2}')
+        shake = "\r\n".join(
+            (
+                "GET /ws HTTP/1.1",
+                f"Host: 127.0.0.1:{demo_server.port}",
+                "Upgrade: websocket",
+                "Connection: Upgrade",
+                "Sec-WebSocket-Version: 13",
+                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+                "\r\n",
+            )
+        )
+        connection.writer.write(shake.encode() + ping + half[:7])
+        answer = await connection.reader.readuntil(b"\r\n\r\n")
+        # The example of RFC 6455, section 1.3.
+        assert b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n" in answer
+        connection.writer.write(half[7:])
+        socket = RawSocket(connection, {})
+        for ref in (1, 2):
+            assert await socket.hear("pong") == {"type": "pong", "ref": ref}
 
 
 async def test_joining_again_says_joined_again(demo_server: Server) -> None:
@@ -211,6 +265,19 @@ async def test_everybody_is_in_a_room_of_their_own(demo_server: Server) -> None:
         for socket in (one, other):
             told = await socket.hear("news")
             assert (told["room"], told["data"]) == (f"user:{me}", {"n": 1})
+
+
+async def test_nobody_gets_out_of_their_own_room(demo_server: Server) -> None:
+    """It can be neither left nor deleted: what is published there is still heard."""
+    me = new_room()
+    own = f"user:{me}"
+    async with on_socket(demo_server.url, user_id=me) as one:
+        assert (await one.call("join", room=own))["type"] == "joined"
+        assert (await one.call("leave", room=own))["param"] == "room"
+        status, told = await request(demo_server.url, "DELETE", f"/api/v1/rooms/{own}", user=me)
+        assert (status, told["error"]["code"]) == (409, "conflict")
+        await publish(demo_server.url, own, {"content": "Hi"}, me)
+        assert (await one.hear("message"))["content"] == "Hi"
 
 
 async def test_what_was_missed_in_the_own_room_can_be_read(demo_server: Server) -> None:
