@@ -57,7 +57,7 @@ class Log:
     origin: what its events share; every Event read from it carries it. start: the offset that it
     goes on from, where the events before are held elsewhere. max_events, max_bytes (of
     JSON), max_age (seconds) bound what it keeps: past them its oldest events leave, a few at a
-    time; 0 is no bound. `tail` is the offset before the oldest event held, `top` the newest's.
+    time; 0 is no bound. The newest is kept however large it is, so that nobody live misses it. `tail` is the offset before the oldest event held, `top` the newest's.
     """
 
     __slots__ = (
@@ -223,7 +223,7 @@ class Log:
             count = len(self._items) - drop
             if not (
                 (self._max_events and count > self._max_events)
-                or (self._max_bytes and size > self._max_bytes)
+                or (self._max_bytes and size > self._max_bytes and count > 1)
                 or (self._max_age and isinstance(item, Event) and item.time < oldest)
             ):
                 break
