@@ -57,7 +57,8 @@ class Log:
     origin: what its events share; every Event read from it carries it. start: the offset that it
     goes on from, where the events before are held elsewhere. max_events, max_bytes (of
     JSON), max_age (seconds) bound what it keeps: past them its oldest events leave, a few at a
-    time; 0 is no bound. The newest is kept however large it is, so that nobody live misses it. `tail` is the offset before the oldest event held, `top` the newest's.
+    time; 0 is no bound. The newest is kept however large it is, so that nobody live misses it.
+    `tail` is the offset before the oldest event held, `top` the newest's.
     """
 
     __slots__ = (

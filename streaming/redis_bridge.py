@@ -6,7 +6,9 @@ It puts together the link, the rooms and the mirror, and sees to them as long as
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 
 import orjson
 
@@ -30,6 +32,7 @@ class RedisBridge:
 
     def __init__(self, cfg: config.Config, delivery: Delivery) -> None:
         me, prefix, lease = new_epoch()[:16], cfg.redis.prefix, cfg.redis.lease
+        self._lease = lease
         self._period = lease / 5
         self.link = Link(cfg.redis.url, f"{prefix}instance:{me}", self._restored, self._told)
         self.rooms = RedisRooms(self.link, me, prefix, cfg.rooms, delivery)
@@ -39,8 +42,8 @@ class RedisBridge:
 
     @property
     def ready(self) -> bool:
-        """Whether Redis is heard."""
-        return self.link.up
+        """Whether Redis is heard, and takes what it is told: its memory may be full."""
+        return self.link.up and time.monotonic() - self.mirror.renewed < self._lease / 2
 
     def join(self, rooms: Rooms, generations: Generations) -> None:
         """What the bridge keeps."""
@@ -50,8 +53,10 @@ class RedisBridge:
 
     async def start(self) -> None:
         """Connects; returns when it has, or could not for a moment: it goes on trying."""
-        self._tending = asyncio.create_task(self._tend())
         await self.link.start()
+        with contextlib.suppress(Unavailable):
+            await self.mirror.tend()
+        self._tending = asyncio.create_task(self._tend())
 
     async def close(self) -> None:
         """Says what is still to be said, and ends."""

@@ -59,7 +59,7 @@ class RedisMirror:
         self._me = me
         self._prefix = prefix
         self._lease = lease
-        self._renewed = -math.inf  # when this instance's lease last was
+        self.renewed = -math.inf  # when this instance's lease last was
         self._steady = 0.0  # since when it has been in time, always
         self._kept = int((cfg.total_timeout + cfg.retention + 2 * lease) * 1000)
         self._mirrored: dict[str, _Mirrored] = {}
@@ -251,13 +251,13 @@ class RedisMirror:
         name = self.replicas.instance(self._me)
         known = await self._link.command("SET", name, 1, "GET", "PX", milliseconds)
         now = time.monotonic()
-        if now - self._renewed > self._lease / 2:
+        if now - self.renewed > self._lease / 2:
             # What kept this instance from renewing its lease in time, may have kept others.
             self._steady = now
-        if known is None and self._renewed > 0:
+        if known is None and self.renewed > 0:
             self._assure()
             self.rooms.present()
-        self._renewed = now
+        self.renewed = now
         gone: list[str] = []
         names = sorted(self.replicas.makers() | self.rooms.instances())
         if names and now - self._steady >= self._lease:

@@ -175,6 +175,7 @@ async def test_memory_is_full(redis_server: StartRedis, instances: StartInstance
             status, told = await publish(three.b, day.room, {"content": "x"})
             assert (status, told["error"]["code"]) == (503, "bridge_unavailable")
             assert (await start(three.c, CONTENT, named("tokens=5"))).ending == "finished"
+            await tells(False, *three.urls)
             redis.call("CONFIG", "SET", "maxmemory", "0")
         await day.ends(gaps=False)
     await works(three)
