@@ -7,8 +7,7 @@ import time
 from typing import Any, cast
 
 import pytest
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.base_protocol import BaseProtocol
 
 from streaming import delivery
 from streaming.config import Delivery as Config
@@ -44,10 +43,8 @@ class Protocol:
 
 def live(log: Log, transport: Slow) -> Sink:
     """A sink that is live on this log."""
-    protocol = cast(RequestHandler, Protocol())
-    nothing = cast(AbstractStreamWriter, None)
-    kind = encoder(NATIVE, NDJSON)
-    sink = Sink(Delivery(Config()), transport, protocol, nothing, kind, False)
+    protocol = cast(BaseProtocol, Protocol())
+    sink = Sink(Delivery(Config()), transport, protocol, encoder(NATIVE, NDJSON), False)
     sink.cursors[log] = Cursor(log, log.top)
     sink.join()
     return sink
