@@ -1,6 +1,6 @@
 """Rivulet: `build(config)` makes the application, `main` runs it. The only file that wires.
 
-python app.py [--config FILE] [--host HOST] [--port PORT] [--check-config]
+python app.py [--config FILE] [--host HOST] [--port PORT] [--workers N] [--check-config]
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import orjson
 from aiohttp import web
@@ -28,17 +31,24 @@ from streaming.config import Config, ConfigError, is_demo, load
 from streaming.delivery import Delivery
 from streaming.demo import DemoModel
 from streaming.dialects import timestamp
+from streaming.errors import CannotStart
 from streaming.generations import Generations
 from streaming.models import Models, ModelSource
 from streaming.presence import Presence
 from streaming.rooms import Rooms
 from streaming.upstream import OpenAIUpstream
 
+if TYPE_CHECKING:
+    from streaming.history import History
+    from streaming.redis_bridge import RedisBridge
+
 logger = logging.getLogger("rivulet")
 
 BACKLOG = 4096  # connections waiting to be accepted: a reconnect storm comes at once
 LINE_BYTES = 65536  # of a request's first line: a GET's prompt is there, up to 12 bytes a character
 KEEPALIVE = 75.0  # seconds; longer than nginx keeps its side, so that it never meets a closed one
+HELD = 60.0  # seconds that an instance goes on hearing a room that nobody reads there
+WORKER_PAUSE = 0.5  # seconds before a worker that broke is started anew
 CUT_WAIT = 2.0  # seconds for cut streams to say their last, then for handlers to return
 
 
@@ -48,15 +58,57 @@ def build(config: Config) -> web.Application:
     app[CONFIG] = config
     app[STATE] = State()
     app[DELIVERY] = Delivery(config.delivery)
-    app[GENERATIONS] = Generations(config.generation, _models(config))
-    app[ROOMS] = Rooms(config.rooms, config.history)
+    bridge = _bridge(app)
+    mirror, kept = None, config.rooms
+    if bridge is not None:
+        mirror = bridge.mirror
+        kept = replace(kept, idle=min(kept.idle, HELD))  # Redis has them
+    app[GENERATIONS] = Generations(config.generation, _models(config), mirror)
+    keeper = bridge.rooms if bridge is not None else _history(app)
+    app[ROOMS] = Rooms(kept, config.history, keeper)
     app[PRESENCE] = Presence(app[DELIVERY], config.rooms.grace)
-    app[CHANNELS] = Channels(config.delivery, config.limits)
+    relay = bridge.link if bridge is not None else None
+    app[CHANNELS] = Channels(config.delivery, config.limits, relay)
     for surface in (chat, openai_api, streams, rooms, websocket, channels, ops):
         app.add_routes(surface.routes())
     app.on_response_prepare.append(name_response)
     app.on_shutdown.append(_drain)
+    if bridge is not None:
+        bridge.join(app[ROOMS], app[GENERATIONS])
     return app
+
+
+def _bridge(app: web.Application) -> RedisBridge | None:
+    if not app[CONFIG].redis.url:
+        return None
+    from streaming.redis_bridge import RedisBridge  # only who asks for it needs it
+
+    bridge = RedisBridge(app[CONFIG], app[DELIVERY])
+    _run_with(app, "bridge_unavailable", bridge)
+    return bridge
+
+
+def _history(app: web.Application) -> History | None:
+    path = app[CONFIG].history.path
+    if not path:
+        return None
+    from streaming.history import History  # only who asks for it needs it
+
+    history = History(path, app[CONFIG].rooms)
+    _run_with(app, "history_unavailable", history)
+    return history
+
+
+def _run_with(app: web.Application, code: str, part: RedisBridge | History) -> None:
+    """Starts and closes this part with the application; `/ready` says the code where it fails."""
+
+    async def context(app: web.Application) -> AsyncIterator[None]:
+        await part.start()
+        yield
+        await part.close()
+
+    app[STATE].needs[code] = part
+    app.cleanup_ctx.append(context)
 
 
 def _models(config: Config) -> Models:
@@ -117,9 +169,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", help="a TOML file (default: config.toml beside app.py)")
     parser.add_argument("--host", help="address to listen on")
     parser.add_argument("--port", type=int, help="port to listen on; 0 lets the system choose")
+    parser.add_argument("--workers", type=int, help="processes on that port; needs Redis")
     parser.add_argument("--check-config", action="store_true", help="check it, and do not run")
     arguments = parser.parse_args(argv)
-    wanted = {"server.host": arguments.host, "server.port": arguments.port}
+    wanted = {f"server.{key}": getattr(arguments, key) for key in ("host", "port", "workers")}
     try:
         overrides = {key: value for key, value in wanted.items() if value is not None}
         config = load(arguments.config, os.environ, overrides)
@@ -133,12 +186,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(_JSONFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request, with its URL
+    host, workers = config.server.host, config.server.workers
     try:
-        listener = _listen(config.server.host, config.server.port)
+        listener = (_share if workers > 1 else _listen)(host, config.server.port)
     except OSError as error:
-        print(
-            f"cannot listen on {config.server.host}:{config.server.port}: {error}", file=sys.stderr
-        )
+        print(f"cannot listen on {host}:{config.server.port}: {error}", file=sys.stderr)
         return 1
     # What is loaded by now stays; and few objects here are in cycles, so that to look for them less
     # often is right: a one-token answer costs an eighth less. But the old ones are looked at too: a
@@ -148,13 +200,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.suppress(ValueError, OSError):  # a connection is an open file
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    host, port = listener.getsockname()[:2]
+    port = listener.getsockname()[1]
+    if workers > 1:
+        status = _supervise(workers)
+        if status is not None:
+            return status
+        # One of its own: with one for all, each connection would wake all of them.
+        held, listener = listener, _share(host, port)
+        held.close()
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     with (
         contextlib.suppress(KeyboardInterrupt),
         asyncio.Runner(loop_factory=lambda: _new_loop(config.server.loop)) as loop,
     ):
-        loop.run(_serve(config, listener, url))
+        try:
+            loop.run(_serve(config, listener, url))
+        except CannotStart as error:
+            print(error, file=sys.stderr)
+            return 1
     return 0
 
 
@@ -201,6 +264,51 @@ def _close_idle(runner: web.AppRunner) -> None:
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return socket.create_server((host, port), family=family, backlog=BACKLOG)
+
+
+def _share(host: str, port: int) -> socket.socket:
+    """A socket on a port that others may listen on as well: the kernel deals out connections among
+    those that do. This one does not yet.
+    """
+    shared = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    shared.bind((host, port))
+    return shared
+
+
+def _supervise(workers: int) -> int | None:
+    """Forks so many processes, in each of which this returns None; starts one anew that breaks, and
+    ends all on SIGTERM or SIGINT. In the first process, then, the exit status.
+    """
+    running: set[int] = set()
+    ending = False
+
+    def end(number: int, frame: object) -> None:
+        nonlocal ending
+        ending = True
+        for pid in running:
+            os.kill(pid, signal.SIGTERM)
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    usual = [signal.signal(number, end) for number in numbers]
+    while running or not ending:
+        while len(running) < workers and not ending:
+            signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # a child is known before it is ended
+            pid = os.fork()
+            if not pid:
+                for number, handler in zip(numbers, usual, strict=True):
+                    signal.signal(number, handler)
+            running.add(pid)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+            if not pid:
+                return None
+        pid, status = os.wait()
+        running.discard(pid)
+        if not ending:
+            logger.error("worker ended", extra={"pid": pid, "status": status})
+            time.sleep(WORKER_PAUSE)
+    return 0
 
 
 def _new_loop(name: str) -> asyncio.AbstractEventLoop:

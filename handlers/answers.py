@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
+from typing import NamedTuple
 
 from aiohttp import web
 
@@ -15,12 +17,13 @@ from handlers.reading import framing, last_event_id
 from streaming.delivery import Delivery, Draining, Place, TooSlow
 from streaming.dialects import Dialect
 from streaming.encoders import TEXT, Encoder, Framing, encoder
-from streaming.errors import Conflict, Gone, InvalidField, RivuletError
+from streaming.errors import Conflict, Gone, InvalidField, RivuletError, Unavailable
 from streaming.events import JSON, Event, Position
 from streaming.generation import Generation
-from streaming.log import Cursor, FellBehind
+from streaming.log import Cursor, FellBehind, now_ms
 from streaming.responses import open_stream
 
+AHEAD = 30.0  # seconds that a reader waits who is ahead of what is known here
 _HEARTBEAT = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 
 
@@ -42,9 +45,13 @@ def choose_encoder(
 
 
 async def stream(
-    request: web.Request, generation: Generation, encoder: Encoder, after: int = 0
+    request: web.Request,
+    generation: Generation,
+    encoder: Encoder,
+    after: int = 0,
+    opening: list[Event] | None = None,
 ) -> web.StreamResponse:
-    """Streams a generation from after offset `after` to its end.
+    """Streams a generation from after offset `after` to its end, after the events of `opening`.
 
     A client that goes away cancels this and nothing else: the generation runs on. A stream that did
     not finish is cut where its encoding has no word for that.
@@ -53,7 +60,8 @@ async def stream(
         if encoder.dialect.holds:
             await _hold(request, generation)
         cursor = Cursor(generation.log, after)
-        return await deliver(request, encoder, cursor, headers_of(generation), generation)
+        headers = headers_of(generation)
+        return await deliver(request, encoder, cursor, headers, generation, opening)
 
 
 async def deliver(
@@ -141,8 +149,8 @@ def failure_of(request: web.Request, generation: Generation) -> RivuletError:
 def headers_of(generation: Generation) -> dict[str, str]:
     """Which stream this is, and which conversation."""
     headers = {"X-Stream-Id": generation.id}
-    if generation.ask.conversation_id:
-        headers["X-Conversation-Id"] = generation.ask.conversation_id
+    if generation.conversation_id:
+        headers["X-Conversation-Id"] = generation.conversation_id
     return headers
 
 
@@ -159,23 +167,58 @@ async def resume(
     text = last_event_id(request)
     if text is None:
         return None
-    position = Position.parse(text)
-    generation = request.app[GENERATIONS].find(position.epoch, request[USER]) if position else None
+    position, generation = Position.parse(text), None
+    if position is not None:
+        generation = await request.app[GENERATIONS].find(position.epoch, request[USER])
     gone = Gone("this position cannot be resumed", param="Last-Event-ID")
-    if generation is None or position is None or not generation.log.holds(position):
+    if generation is None or position is None:
         raise gone
     if request.match_info.get("id", generation.id) != generation.id:
         raise gone  # of another stream than the one at this address
-    if also is not None and generation.ask.dialect is also:
+    if also is not None and generation.dialect is also:
         dialect = also
-    encoder = choose_encoder(request, dialect, default)
-    return await attach(request, generation, encoder, position.offset)
+    place = await place_of(generation, position)
+    if place is None:
+        raise gone
+    return await attach(request, generation, choose_encoder(request, dialect, default), place)
+
+
+class Found(NamedTuple):
+    """Where reading goes on: after this offset, and what is to be said first."""
+
+    after: int
+    opening: list[Event]
+
+
+async def place_of(generation: Generation, position: Position) -> Found | None:
+    """Where a reader goes on who has come to this position; None where that is not known.
+
+    Whoever has read at its maker's may be ahead of what is known here, and waits. What its maker
+    has said and told no other instance is lost with it: the reader is told of the gap, and the end.
+    Raises Unavailable.
+    """
+    log, offset = generation.log, position.offset
+    if generation.mirrored and position.epoch == log.epoch and offset > log.top:
+        with generation, contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(AHEAD):
+                await generation.reached(offset)
+        if offset > log.top and not log.closed:
+            raise Unavailable("not known here yet", code="bridge_unavailable", retry_after=1)
+    ending, hole = generation.ending, generation.hole
+    if generation.mirrored and ending is not None and position.epoch == log.epoch:
+        last = ending.id.offset
+        if offset > last or (hole is not None and hole < offset < last):
+            resumed = Position(log.epoch, last - 1)
+            told = {"requested": str(position), "resumed": str(resumed)}
+            return Found(last - 1, [Event("gap", told, resumed, now_ms(), log.origin)])
+    return Found(offset, []) if log.holds(position) else None
 
 
 async def attach(
-    request: web.Request, generation: Generation, encoder: Encoder, after: int
+    request: web.Request, generation: Generation, encoder: Encoder, place: Found
 ) -> web.StreamResponse:
     """Streams from a position, or says that nothing is left after it."""
+    after = place.after
     if generation.log.closed and not _left(generation, encoder, after):
         headers = {**headers_of(generation), "Cache-Control": "no-store"}
         if request.method == "GET":
@@ -183,7 +226,7 @@ async def attach(
         # fetch-event-source takes a 200 of another type for a failure, and asks again for ever.
         headers["Content-Type"] = encoder.framing.media_type
         return web.Response(headers=headers)
-    return await stream(request, generation, encoder, after)
+    return await stream(request, generation, encoder, after, place.opening)
 
 
 def _left(generation: Generation, encoder: Encoder, after: int) -> bool:

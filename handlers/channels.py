@@ -10,7 +10,7 @@ from handlers.answers import choose_encoder, deliver
 from handlers.keys import CHANNELS, CONFIG, USER
 from handlers.middleware import json_response
 from handlers.reading import Fields, read_object
-from streaming.channels import CHANNEL
+from streaming.channels import CHANNEL, as_object
 from streaming.encoders import SSE, encoder
 from streaming.errors import InvalidField
 from streaming.events import Event, Position
@@ -27,7 +27,7 @@ async def events(request: web.Request) -> web.StreamResponse:
     if not encoding.heartbeat_event:
         encoding = encoder(encoding.dialect, encoding.framing, "heartbeat")
     channels = request.app[CHANNELS]
-    with channels.reading(request[USER], channel) as cursor:
+    async with channels.reading(request[USER], channel) as cursor:
         connected = Event("connected", {"channel": channel}, Position("", 0), now_ms(), {})
         return await deliver(
             request, encoding, cursor, {}, opening=[connected], delivery=channels.delivery
@@ -42,9 +42,8 @@ async def publish(request: web.Request) -> web.Response:
     event = fields.text("event", most=64)
     if not _EVENT.fullmatch(event):
         raise InvalidField("event", "must be a name of letters, digits, `_`, `.` and `-`")
-    data = fields.data.get("data")
-    told = data if isinstance(data, dict) else {} if data is None else {"data": data}
-    streams = request.app[CHANNELS].publish(user, channel, event, told)
+    told = as_object(fields.data.get("data"))
+    streams = await request.app[CHANNELS].publish(user, channel, event, told)
     return json_response({"delivered": streams}, 202)
 
 

@@ -113,26 +113,25 @@ class Row:
         data = await read_fields(request)
         question = self.reads(Fields(data, request.app[CONFIG].limits))
         if self.streams == "never" or (self.streams == "asked" and not question.streamed):
-            generation = start(request, question, data)
+            generation = await start(request, question, data)
             return await whole(request, generation, _text_and_tokens)
         encoder = choose_encoder(request, question.dialect or self.dialect, self.framing)
-        generation = start(request, question, data)
+        generation = await start(request, question, data)
         del question, data  # not to be kept as long as the stream
         return await stream(request, generation, encoder)
 
 
-def start(
+async def start(
     request: web.Request, question: Question, body: JSON, linger: float | None = None
 ) -> Generation:
-    """Starts what is asked, or finds what the same idempotency key has started.
-
-    Nothing is awaited from here to the first event, so no client's going can lose it.
+    """Starts what is asked, or finds what the same idempotency key has started. A client that goes
+    meanwhile changes nothing.
     """
     key = _key(request, body)
-    return begin(request.app, request[USER], request[REQUEST_ID], question, key, linger)
+    return await begin(request.app, request[USER], request[REQUEST_ID], question, key, linger)
 
 
-def begin(
+async def begin(
     app: web.Application,
     user: str,
     request_id: str,
@@ -142,13 +141,14 @@ def begin(
 ) -> Generation:
     """As `start`, where there is no request of its own: a frame on a socket asks."""
     generations, cfg = app[GENERATIONS], app[CONFIG].generation
-    if (found := generations.started(key)) is not None:
+    if (found := await generations.started(key)) is not None:
         return found
     if app[STATE].draining:
         raise Unavailable("this server is going away", code="draining", retry_after=1)
     room, messages = None, question.messages
     if question.room or question.conversation_id:
-        room = app[ROOMS].get(_room_name(user, question))
+        room = await app[ROOMS].open(_room_name(user, question))
+        await room.keeper.settle(room)  # an answer that a client has seen the end of is context
         messages = _context(room, question)
     last = messages[-1]
     ask = Ask(
@@ -162,7 +162,7 @@ def begin(
         key=key,
         request_id=request_id,
     )
-    return generations.start(ask)
+    return await generations.start(ask)
 
 
 def _room_name(user: str, question: Question) -> str:

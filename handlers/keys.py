@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from aiohttp import web
 
 from streaming.channels import Channels
@@ -12,10 +14,21 @@ from streaming.presence import Presence
 from streaming.rooms import Rooms
 
 
+class Need(Protocol):
+    """What this instance is not whole without."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it works now."""
+
+
 class State:
     """What changes over the life of the application."""
 
     draining = False
+
+    def __init__(self) -> None:
+        self.needs: dict[str, Need] = {}  # by what /ready says where one does not work
 
 
 CHANNELS = web.AppKey("channels", Channels)

@@ -31,12 +31,12 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body = await read_fields(request)
     question = _question(body, Fields(body, request.app[CONFIG].limits))
     if not question.streamed:
-        generation = start(request, question, body, LINGER)
+        generation = await start(request, question, body, LINGER)
         return await whole(request, generation, lambda g: completion(g.log.read(0)))
     options = body.get("stream_options") or {}
     dialect = OPENAI_WITH_USAGE if options.get("include_usage") else OPENAI
     encoder = choose_encoder(request, dialect, SSE)
-    generation = start(request, question, body, LINGER)
+    generation = await start(request, question, body, LINGER)
     del question, body, options  # not to be kept as long as the stream
     return await stream(request, generation, encoder)
 

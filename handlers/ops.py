@@ -27,8 +27,11 @@ async def health(request: web.Request) -> web.Response:
 
 async def ready(request: web.Request) -> web.Response:
     """GET /ready: 200, or 503 when no new client should come here."""
-    if request.app[STATE].draining:
-        return json_response({"status": "draining"}, 503, {**_NO_STORE, "Retry-After": "1"})
+    state = request.app[STATE]
+    wrong = ["draining"] if state.draining else []
+    wrong += [why for why, need in state.needs.items() if not need.ready]
+    if wrong:
+        return json_response({"status": wrong[0]}, 503, {**_NO_STORE, "Retry-After": "1"})
     return json_response({"status": "ready"}, headers=_NO_STORE)
 
 

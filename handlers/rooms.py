@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -45,9 +46,10 @@ def is_personal(name: str) -> bool:
     return name.startswith("user:")
 
 
-def room_of(request: web.Request) -> Room:
-    """The room in the request's path, made where there is none."""
-    return request.app[ROOMS].get(check_room(request.match_info["room"], request[USER]))
+async def room_of(request: web.Request, after: str | None = None) -> Room:
+    """The room in the request's path, made where there is none, as of position `after` at least."""
+    name = check_room(request.match_info["room"], request[USER])
+    return await request.app[ROOMS].open(name, after)
 
 
 def said(fields: Fields, user: str, type: str) -> JSON:
@@ -69,7 +71,8 @@ def _type(fields: Fields) -> str:
 
 async def post_messages(request: web.Request) -> web.Response:
     """POST /api/v1/rooms/{room}/messages: one event, or a list of them, all or none."""
-    room, user, limits = room_of(request), request[USER], request.app[CONFIG].limits
+    name, user = check_room(request.match_info["room"], request[USER]), request[USER]
+    limits = request.app[CONFIG].limits
     body = await read_json(request, limits.frame_bytes)  # as on a socket: a room keeps many of them
     batch = body if isinstance(body, list) else [body]
     if len(batch) > BATCH:
@@ -78,14 +81,15 @@ async def post_messages(request: web.Request) -> web.Response:
         raise BadRequest("the body must be a JSON object or a list of them", param="body")
     fields = [Fields(each, limits) for each in batch]
     told = [(type := _type(each), said(each, user, type)) for each in fields]
-    ids = room.publish(told, key=(user, idempotency_key(request)))
+    room = await request.app[ROOMS].open(name)  # not before: it may be forgotten while a body comes
+    ids = await room.publish(told, key=(user, idempotency_key(request)))
     answer: JSON = {"ids": ids} if isinstance(body, list) else {"id": ids[0]}
     return json_response(answer, 201)
 
 
 async def get_messages(request: web.Request) -> web.Response:
     """GET /api/v1/rooms/{room}/messages?before=&limit=: a page of history, the newest first."""
-    return json_response(history(room_of(request), request.query, request.app[CONFIG].limits))
+    return json_response(history(await room_of(request), request.query, request.app[CONFIG].limits))
 
 
 def history(room: Room, query: Mapping[str, Any], limits: Any) -> JSON:
@@ -107,14 +111,14 @@ def history(room: Room, query: Mapping[str, Any], limits: Any) -> JSON:
 
 async def presence(request: web.Request) -> web.Response:
     """GET /api/v1/rooms/{room}/presence"""
-    room = room_of(request)
-    return json_response({"room": room.name, "members": sorted(room.people)})
+    room = await room_of(request)
+    return json_response({"room": room.name, "members": room.members})
 
 
 async def rooms(request: web.Request) -> web.Response:
     """GET /api/v1/rooms: which rooms live."""
     listed = [
-        {"room": room.name, "members": len(room.people), "position": str(room.log.position)}
+        {"room": room.name, "members": len(room.members), "position": str(room.log.position)}
         for room in request.app[ROOMS]
     ]
     return json_response({"rooms": listed})
@@ -125,23 +129,26 @@ async def delete(request: web.Request) -> web.Response:
     name, user = check_room(request.match_info["room"], request[USER]), request[USER]
     if is_personal(name):
         raise Conflict("all connections of its owner are in this room", param="room")
-    room = request.app[ROOMS].delete(name)
+    rooms = request.app[ROOMS]
+    room = await rooms.seek(name)
+    if room is None:
+        raise NotFound("no such room", param="room")
     for stream_id in list(room.running):
-        if (generation := request.app[GENERATIONS].find(stream_id, user)) is not None:
+        if (generation := await request.app[GENERATIONS].find(stream_id, user)) is not None:
             generation.stop()
-    room.append("left", {"user_id": user})
-    room.log.close()
+    # A client that goes away meanwhile leaves no half of it.
+    await asyncio.shield(asyncio.create_task(rooms.delete(room, user)))
     return json_response({"deleted": True})
 
 
 async def events(request: web.Request) -> web.StreamResponse:
     """GET /api/v1/rooms/{room}/events: `joined`, then what comes, from `Last-Event-ID` on."""
     encoder = choose_encoder(request, FRAMES, SSE, bare=False)
-    room, user = room_of(request), request[USER]
-    here = request.app[PRESENCE]
+    after, user = last_event_id(request), request[USER]
+    room, here = await room_of(request, after), request.app[PRESENCE]
     here.enter(room, user)
     try:
-        cursor, opening = room.join(last_event_id(request))
+        cursor, opening = room.join(after)
         return await deliver(request, encoder, cursor, {}, opening=opening)
     finally:
         here.leave(room, user)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 
 from aiohttp import web
 
-from handlers.answers import attach, choose_encoder, resume
+from handlers.answers import Found, attach, choose_encoder, place_of, resume
 from handlers.keys import GENERATIONS, USER
 from handlers.middleware import json_response
 from streaming.dialects import DIALECTS, NATIVE, Dialect
@@ -15,12 +17,13 @@ from streaming.errors import InvalidField, NotFound
 from streaming.events import Position
 from streaming.generation import Generation
 
+STOPPING = 1.0  # seconds
 _OFFSET = re.compile(r"[0-9]{1,15}")
 
 
 async def status(request: web.Request) -> web.Response:
     """GET /api/v1/streams/{id}"""
-    return json_response(_find(request).status(), headers={"Cache-Control": "no-store"})
+    return json_response((await _find(request)).status(), headers={"Cache-Control": "no-store"})
 
 
 async def events(request: web.Request) -> web.StreamResponse:
@@ -28,23 +31,26 @@ async def events(request: web.Request) -> web.StreamResponse:
     `Last-Event-ID` says, which counts more: an `EventSource` sends its URL again as it was.
     """
     dialect = _dialect(request)
-    generation = _find(request)
+    generation = await _find(request)
     resumed = await resume(request, dialect, SSE)
     if resumed is not None:
         return resumed
     encoder = choose_encoder(request, dialect, SSE)
-    return await attach(request, generation, encoder, _starting_after(request, generation))
+    return await attach(request, generation, encoder, await _starting_after(request, generation))
 
 
 async def stop(request: web.Request) -> web.Response:
     """POST /api/v1/streams/{id}/stop: 200 however often it is called, before, during and after."""
-    generation = _find(request)
+    generation = await _find(request)
     generation.stop()
+    with contextlib.suppress(TimeoutError):  # here at once; of another instance as soon as it says
+        async with asyncio.timeout(STOPPING):
+            await generation.ended()
     return json_response(generation.status())
 
 
-def _find(request: web.Request) -> Generation:
-    generation = request.app[GENERATIONS].find(request.match_info["id"], request[USER])
+async def _find(request: web.Request) -> Generation:
+    generation = await request.app[GENERATIONS].find(request.match_info["id"], request[USER])
     if generation is None:
         raise NotFound("no such stream", param="id")
     return generation
@@ -57,14 +63,15 @@ def _dialect(request: web.Request) -> Dialect:
     return DIALECTS[name]
 
 
-def _starting_after(request: web.Request, generation: Generation) -> int:
+async def _starting_after(request: web.Request, generation: Generation) -> Found:
     text = request.query.get("starting_after", "0")
     if _OFFSET.fullmatch(text):
         text = f"{generation.id}-{text}"
     position = Position.parse(text)
-    if position is None or not generation.log.holds(position):
+    place = await place_of(generation, position) if position is not None else None
+    if place is None:
         raise InvalidField("starting_after", "must be an offset or a position of this stream")
-    return position.offset
+    return place
 
 
 def routes() -> list[web.RouteDef]:

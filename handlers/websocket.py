@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import WSCloseCode, WSMsgType, web
 
@@ -43,19 +43,17 @@ class Connection:
         self._rooms: dict[str, Room] = {}
         self._own = ""  # the room of the path
 
-    def enter(self, name: str, after: str | None, *, own: bool = False, ref: object = None) -> None:
-        """Comes into a room, and is told where it stands. Raises InvalidField, NotFound."""
-        check_room(name, self._user)
-        before = self._rooms.get(name)
-        if before is None and len(self._rooms) >= ROOMS_MOST:
-            raise InvalidField("room", f"a socket can be in {ROOMS_MOST} rooms")
-        room = self._app[ROOMS].get(name)
+    def enter(
+        self, room: Room, after: str | None, *, own: bool = False, ref: object = None
+    ) -> None:
+        """Comes into a room that is open, and is told where it stands."""
+        before = self._rooms.get(room.name)
         if room is not before:
             self._app[PRESENCE].enter(room, self._user)
-            self._rooms[name] = room
+            self._rooms[room.name] = room
             if before is not None:  # it was deleted
                 self._app[PRESENCE].leave(before, self._user)
-        self._own = name if own else self._own
+        self._own = room.name if own else self._own
         cursor, opening = room.join(after)
         frames = [item for event in opening for item in self.sink.encoder.dialect.say(event) or ()]
         if ref is not None:
@@ -70,7 +68,7 @@ class Connection:
             self._app[PRESENCE].leave(room, self._user)
         self._rooms.clear()
 
-    def take(self, said: str | bytes) -> None:
+    async def take(self, said: str | bytes) -> None:
         """Does what a frame says, and answers it."""
         ref: object = None
         try:
@@ -85,6 +83,8 @@ class Connection:
             if action is None:
                 raise InvalidField("type", f"must be one of {', '.join(FRAMES)}")
             reply = action(self, frame)
+            if isinstance(reply, Awaitable):
+                reply = await reply
         except RivuletError as error:
             reply = {"type": "error", **error.body(self._request_id)}
         except Exception:
@@ -105,10 +105,13 @@ class Connection:
         Fields(frame, self._limits).text("token", "any")
         return {"type": "authenticated", "userId": self._user}
 
-    def join(self, frame: JSON) -> None:
+    async def join(self, frame: JSON) -> None:
         fields = Fields(frame, self._limits)
         after = fields.text("last_event_id", "", most=128) or None
-        self.enter(fields.text("room", most=128), after, ref=frame.get("ref"))
+        name = check_room(fields.text("room", most=128), self._user)
+        if name not in self._rooms and len(self._rooms) >= ROOMS_MOST:
+            raise InvalidField("room", f"a socket can be in {ROOMS_MOST} rooms")
+        self.enter(await self._app[ROOMS].open(name, after), after, ref=frame.get("ref"))
 
     def leave(self, frame: JSON) -> JSON:
         room = self._room(frame)
@@ -119,13 +122,13 @@ class Connection:
         self._app[PRESENCE].leave(room, self._user)
         return {"type": "left", "room": room.name}
 
-    def message(self, frame: JSON) -> JSON:
+    async def message(self, frame: JSON) -> JSON:
         room, fields = self._room(frame), dict(frame)
         if fields.get("content") is None and "message" in fields:
             fields["content"] = fields["message"]
         key = Fields(frame, self._limits).text("idempotency_key", "", most=255)
         data = said(Fields(fields, self._limits), self._user, "message")
-        (id,) = room.publish([("message", data)], key=(self._user, key))
+        (id,) = await room.publish([("message", data)], key=(self._user, key))
         return {"type": "ack", "id": id, "room": room.name}
 
     def typing(self, frame: JSON) -> None:
@@ -134,21 +137,23 @@ class Connection:
         if not isinstance(typing, bool):
             raise InvalidField("typing", "must be true or false")
         told = {"userId": self._user, "typing": typing}
-        self._app[DELIVERY].broadcast(room, room.ephemeral("user_typing", told))
+        event = room.ephemeral("user_typing", told)
+        self._app[DELIVERY].broadcast(room, event)
+        room.keeper.told(room, event)
 
-    def generate(self, frame: JSON) -> JSON:
+    async def generate(self, frame: JSON) -> JSON:
         room, fields = self._room(frame), Fields(frame, self._limits)
         model = fields.text("model", "", most=512)
         if frame.get("messages") is not None:
             question = Question(fields.messages(), "", model, room=room.name)
         else:
             question = Question([], fields.text("message"), model, room=room.name)
-        generation = begin(self._app, self._user, self._request_id, question)
+        generation = await begin(self._app, self._user, self._request_id, question)
         return {"type": "ack", "stream_id": generation.id, "room": room.name}
 
-    def stop(self, frame: JSON) -> JSON:
+    async def stop(self, frame: JSON) -> JSON:
         stream_id = Fields(frame, self._limits).text("stream_id", most=128)
-        generation = self._app[GENERATIONS].find(stream_id, self._user)
+        generation = await self._app[GENERATIONS].find(stream_id, self._user)
         if generation is None:
             raise NotFound("no such stream", param="stream_id")
         generation.stop()
@@ -160,7 +165,7 @@ class Connection:
 
     def presence(self, frame: JSON) -> JSON:
         room = self._room(frame)
-        return {"type": "presence", "room": room.name, "members": sorted(room.people)}
+        return {"type": "presence", "room": room.name, "members": room.members}
 
     def ping(self, frame: JSON) -> JSON:
         return {"type": "pong"}
@@ -172,16 +177,24 @@ async def serve(request: web.Request) -> web.StreamResponse:
     if own is not None:
         check_room(own, user)
     most, compression = config.limits.frame_bytes, config.delivery.compression
-    sink, response = await open_socket(request.app[DELIVERY], request, most, compression)
-    sink.listener = connection = Connection(request, sink)
+    personal = room = refused = None
     try:
         if user != "anonymous":
-            # Nothing is said of it: whoever is in it hears what comes.
-            sink.follow(request.app[ROOMS].get(f"user:{user}").join(None)[0])
+            personal = await request.app[ROOMS].open(f"user:{user}")
         if own is not None:
-            connection.enter(own, last_event_id(request), own=True)
-    except RivuletError as error:  # there is no place for its room
-        sink.close(WSCloseCode.TRY_AGAIN_LATER, error.message)
+            room = await request.app[ROOMS].open(own, last_event_id(request))
+    except RivuletError as error:  # there is no place for its room, or it cannot be read now
+        refused = error
+    sink, response = await open_socket(request.app[DELIVERY], request, most, compression)
+    sink.listener = connection = Connection(request, sink)
+    if refused is not None:
+        sink.close(WSCloseCode.TRY_AGAIN_LATER, refused.message)
+        return response
+    if personal is not None:
+        # Nothing is said of it: whoever is in it hears what comes.
+        sink.follow(personal.join(None)[0])
+    if room is not None:
+        connection.enter(room, last_event_id(request), own=True)
     return response
 
 
@@ -230,7 +243,8 @@ async def _read_on(held: socket.socket) -> None:
                 pass
 
 
-FRAMES: Mapping[str, Callable[[Connection, JSON], JSON | None]] = {
+Reply = JSON | None
+FRAMES: Mapping[str, Callable[[Connection, JSON], Reply | Awaitable[Reply]]] = {
     "authenticate": Connection.authenticate,
     "join": Connection.join,
     "leave": Connection.leave,

@@ -28,11 +28,15 @@ _URL = (
     r"((?i:https?)://([\w.-]+|\[[0-9a-fA-F:.]+\])(:[0-9]{1,5})?(/[^\s?#]*)?)?",
     "must be an http:// or https:// URL without user, query and fragment",
 )
+_REDIS = (
+    r"((rediss?|unix|rediss?\+sentinel)://[!-~]+)?",
+    "must be a redis://, rediss://, unix:// or redis+sentinel:// URL",
+)
 
 
 def _key(default: Any, help: str, **rules: Any) -> Any:
     """A field with its help line and its rules: choices, form, or min and max."""
-    secret = rules.get("form") is _SECRET
+    secret = rules.get("form") in (_SECRET, _REDIS)
     return field(default=default, repr=not secret, metadata={"help": help, **rules})
 
 
@@ -51,6 +55,7 @@ class Server:
 
     host: str = _text("127.0.0.1", _NAME, "Address to listen on; 0.0.0.0 is every interface.")
     port: int = _number(8080, 0, 65535, "With 0 the system picks a port, and the log says which.")
+    workers: int = _number(1, 1, 1024, "Processes on the port; more than one are joined by Redis.")
     loop: str = _key("asyncio", 'Event loop: "asyncio" or "uvloop".', choices=("asyncio", "uvloop"))
     drain: float = _number(10.0, 0, 3600, "Seconds after SIGTERM in which answers may finish.")
     access_log: bool = _key(True, "One JSON line on stderr for each request.")
@@ -133,8 +138,9 @@ class Rooms:
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """What a model is told of the conversation so far."""
+    """What is kept of rooms, and what a model is told of a conversation so far."""
 
+    path: str = _key("", "A SQLite file in which rooms outlive a restart; without it they do not.")
     messages: int = _number(100, 1, 100, "Its last messages, at most 100.")
 
 
@@ -153,6 +159,15 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Redis:
+    """The bridge to other instances; without a url there is none."""
+
+    url: str = _text("", _REDIS, "redis://, rediss://, unix:// or redis+sentinel://.")
+    prefix: str = _text("rivulet:", _SECRET, "Of all keys and channels of ours.")
+    lease: float = _number(10.0, 0.1, 3600, "Seconds of silence after which an instance is lost.")
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Everything that can be configured. Its repr shows no API key."""
 
@@ -164,6 +179,7 @@ class Config:
     delivery: Delivery = Delivery()
     rooms: Rooms = Rooms()
     history: History = History()
+    redis: Redis = Redis()
     limits: Limits = Limits()
 
 
@@ -232,8 +248,10 @@ def load(
         labels["model.api_key"] = "OPENAI_API_KEY"
 
     config: Config = _table(Config, draft, "", problems)
-    if not any(path.startswith(("model", "upstreams")) for path in problems):
+    if not any(path.startswith(("model", "upstreams", "server", "redis")) for path in problems):
         problems |= _across(config)
+    if not any(path.startswith(("history", "redis")) for path in problems):
+        problems |= _keepers(config)
     if problems:
         lines = []
         for path, reason in problems.items():
@@ -317,6 +335,8 @@ def _across(config: Config) -> dict[str, str]:
     known = {model.name}.union(*(upstream.models for upstream in upstreams))
     demo = (not model.base_url and is_demo(model.name)) or any(not u.base_url for u in upstreams)
     problems: dict[str, str] = {}
+    if config.server.workers > 1 and not config.redis.url:
+        problems["server.workers"] = "more than one needs redis.url, which joins them"
     names: set[str] = set()
     models: set[str] = set()
     for number, upstream in enumerate(upstreams):
@@ -334,6 +354,12 @@ def _across(config: Config) -> dict[str, str]:
                 problems[f"{path}.fallbacks[{n}]"] = _unknown(name, sorted(known), "model")
         names.add(upstream.name)
     return problems
+
+
+def _keepers(config: Config) -> dict[str, str]:
+    if config.history.path and config.redis.url:
+        return {"history.path": "must be empty where redis.url is set: Redis keeps the rooms then"}
+    return {}
 
 
 def _unknown(name: str, known: Iterable[str], what: str = "key") -> str:

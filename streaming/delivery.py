@@ -16,14 +16,13 @@ import fcntl
 import socket
 import sys
 import termios
-import time
-from collections import OrderedDict
 from collections.abc import Coroutine, Hashable
 from typing import Any, Protocol
 
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import StreamWriter
 
+from streaming.clock import Wheel
 from streaming.config import Delivery as DeliveryConfig
 from streaming.encoders import Encoder
 from streaming.events import Event
@@ -60,52 +59,6 @@ class Place(Protocol):
     def copy(self) -> Place: ...
     def read(self, *, merge: bool = True, limit: int = 1 << 62) -> list[Event]: ...
     def rejoined(self) -> list[Event]: ...
-
-
-class Wheel:
-    """One timer for many things: calls `beat` of each that has not been touched for a period.
-
-    They stand in the order of their last touch, so a turn looks only at those that are due.
-    """
-
-    def __init__(self, period: float) -> None:
-        self._period = period
-        self._touched: OrderedDict[Beating, float] = OrderedDict()
-        self._timer: asyncio.TimerHandle | None = None
-
-    def touch(self, item: Beating) -> None:
-        """Puts `item` at the end; new ones too."""
-        self._touched[item] = time.monotonic()
-        self._touched.move_to_end(item)
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._period, self._turn)
-
-    def drop(self, item: Beating) -> None:
-        """Takes `item` off."""
-        self._touched.pop(item, None)
-
-    def stop(self) -> None:
-        """No beat comes after this."""
-        self._touched.clear()
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _turn(self) -> None:
-        now = time.monotonic()
-        while self._touched:
-            item, last = next(iter(self._touched.items()))
-            if (wait := last + self._period - now) > 0:
-                self._timer = asyncio.get_running_loop().call_later(wait, self._turn)
-                return
-            self.touch(item)
-            item.beat()
-        self._timer = None
-
-
-class Beating(Protocol):
-    """What a Wheel turns."""
-
-    def beat(self) -> None: ...
 
 
 class Delivery:

@@ -53,6 +53,10 @@ class RivuletError(Exception):
         return error
 
 
+class CannotStart(Exception):
+    """What the configuration asks for is not to be had here. The message is for the operator."""
+
+
 class BadRequest(RivuletError):
     status = 400
     code = "bad_request"

@@ -5,25 +5,46 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from typing import Protocol
 
 from streaming import config
 from streaming.clock import FlushClock
 from streaming.errors import InvalidField, Unavailable
 from streaming.generation import Ask, Generation, Key
 from streaming.models import Models
+from streaming.producer import Producer
+
+
+class Mirror(Protocol):
+    """What makes the generations of this instance known to others, and theirs known here."""
+
+    async def claim(self, generation: Producer) -> str:
+        """Makes it known, before its id leaves; the id of another that its key has started before,
+        or "". From then on it follows the generation's log.
+        """
+
+    async def find(self, stream_id: str) -> Generation | None:
+        """A generation of another instance. Raises Unavailable."""
+
+    def free(self, key: Key, stream_id: str) -> None:
+        """What this key has started failed or was abandoned: it may start another."""
 
 
 class Generations:
     """The registry: starts them, finds them, and forgets them."""
 
-    def __init__(self, cfg: config.Generation, models: Models) -> None:
+    def __init__(
+        self, cfg: config.Generation, models: Models, mirror: Mirror | None = None
+    ) -> None:
         self.models = models
+        self._mirror = mirror
         self._config = cfg
         self._clock = FlushClock(cfg.flush_interval)
-        self._held: dict[str, Generation] = {}
-        self._running: dict[str, Generation] = {}
-        self._keys: dict[tuple[str, str], Generation] = {}
-        self._leaving: deque[tuple[float, Generation]] = deque()  # ended; when each leaves
+        self._held: dict[str, Producer] = {}
+        self._running: dict[str, Producer] = {}
+        self._keys: dict[tuple[str, str], Producer] = {}
+        self._starting: dict[str, asyncio.Task[Generation]] = {}  # by id
+        self._leaving: deque[tuple[float, Producer]] = deque()  # ended; when each leaves
         self._leaving_bytes = 0
 
     @property
@@ -31,44 +52,74 @@ class Generations:
         """How many run now."""
         return len(self._running)
 
-    def start(self, ask: Ask) -> Generation:
-        """Starts a generation, or finds the one that the same key has started.
+    async def start(self, ask: Ask) -> Generation:
+        """Starts a generation, or finds the one that the same key has started. Cancelling it starts
+        it all the same.
 
         Raises InvalidField where the key came with another body before, Unavailable where too many
         run. A key is free again when its generation failed or was abandoned.
         """
-        if (found := self.started(ask.key)) is not None:
+        if (found := await self.started(ask.key)) is not None:
             return found
         self._sweep()
         if len(self._running) >= self._config.max_running:
             raise Unavailable("too many answers are running", code="overloaded", retry_after=5)
-        generation = Generation(ask, self.models, self._clock, self._config, self._ended)
+        generation = Producer(ask, self.models, self._clock, self._config, self._ended)
         self._held[generation.id] = self._running[generation.id] = generation
         if ask.key is not None:
             self._keys[ask.key.scope, ask.key.key] = generation
-        generation.start()
+        if self._mirror is None:
+            await generation.start()
+            return generation
+        task = asyncio.create_task(self._start(generation, self._mirror))
+        self._starting[generation.id] = task
+        task.add_done_callback(lambda _: self._starting.pop(generation.id))
+        return await asyncio.shield(task)
+
+    async def _start(self, generation: Producer, mirror: Mirror) -> Generation:
+        try:
+            while before := await mirror.claim(generation):
+                if (found := await mirror.find(before)) is not None:
+                    self._withdraw(generation)
+                    return found
+        except BaseException:
+            self._withdraw(generation)
+            raise
+        await generation.start()
         return generation
 
-    def started(self, key: Key | None) -> Generation | None:
-        """The generation that this key has started before, if any. Raises InvalidField."""
-        found = self._keys.get((key.scope, key.key)) if key is not None else None
-        if found is not None and found.ask.key != key:
-            raise InvalidField("Idempotency-Key", "was used before with a different body")
-        return found
+    def _withdraw(self, generation: Producer) -> None:
+        """It does not start after all."""
+        del self._held[generation.id], self._running[generation.id]
+        self._free(generation)
 
-    def find(self, stream_id: str, owner: str) -> Generation | None:
-        """The generation of this id, if this person may know of it."""
+    async def started(self, key: Key | None) -> Generation | None:
+        """The generation that this key has started before, if any. Raises InvalidField, and what
+        its start raises.
+        """
+        found = self._keys.get((key.scope, key.key)) if key is not None else None
+        if found is None:
+            return None
+        if found.ask.key != key:
+            raise InvalidField("Idempotency-Key", "was used before with a different body")
+        starting = self._starting.get(found.id)  # perhaps it is found to run elsewhere
+        return found if starting is None else await asyncio.shield(starting)
+
+    async def find(self, stream_id: str, owner: str) -> Generation | None:
+        """The generation of this id, if this person may know of it. Raises Unavailable."""
         self._sweep()
-        generation = self._held.get(stream_id)
+        generation: Generation | None = self._held.get(stream_id)
+        if generation is None and self._mirror is not None:
+            generation = await self._mirror.find(stream_id)
         return generation if generation is not None and generation.known_to(owner) else None
 
-    def _ended(self, generation: Generation) -> None:
-        assert generation.ending is not None
+    def _ended(self, generation: Producer) -> None:
         del self._running[generation.id]
-        key, ending = generation.ask.key, generation.ending
-        abandoned = ending.data.get("reason") == "abandoned"
-        if key is not None and (key.flight or ending.type == "failed" or abandoned):
+        key = generation.ask.key
+        if key is not None and not generation.keeps_key(key):
             self._free(generation)
+            if self._mirror is not None:
+                self._mirror.free(key, generation.id)
         self._leaving.append((time.monotonic() + self._config.retention, generation))
         self._leaving_bytes += generation.cost
         self._sweep()
@@ -84,13 +135,21 @@ class Generations:
         ):
             _, generation = self._leaving.popleft()
             self._leaving_bytes -= generation.cost
-            del self._held[generation.id]
+            self._held.pop(generation.id, None)
             self._free(generation)
 
-    def _free(self, generation: Generation) -> None:
+    def _free(self, generation: Producer) -> None:
         key = generation.ask.key
         if key is not None and self._keys.get((key.scope, key.key)) is generation:
             del self._keys[key.scope, key.key]
+
+    def held_here(self, stream_id: str) -> Producer | None:
+        """The generation of this id, where it is made on this instance."""
+        return self._held.get(stream_id)
+
+    def drop(self, generation: Producer) -> None:
+        """Forgets one that another instance has ended: that ending counts."""
+        self._held.pop(generation.id, None)
 
     async def finish(self, patience: float) -> None:
         """Waits until no generation runs, for `patience` seconds at most."""

@@ -57,7 +57,8 @@ class Log:
     origin: what its events share; every Event read from it carries it. start: the offset that it
     goes on from, where the events before are held elsewhere. max_events, max_bytes (of
     JSON), max_age (seconds) bound what it keeps: past them its oldest events leave, a few at a
-    time; 0 is no bound. `tail` is the offset before the oldest event held, `top` the newest's.
+    time; 0 is no bound. The newest is kept however large it is, so that nobody live misses it.
+    `tail` is the offset before the oldest event held, `top` the newest's.
     """
 
     __slots__ = (
@@ -99,14 +100,14 @@ class Log:
         """Bytes of what is held, roughly: text of runs, JSON of other events."""
         return self._bytes
 
-    def append(self, type: str, data: Mapping[str, Any]) -> Event:
+    def append(self, type: str, data: Mapping[str, Any], time_ms: int | None = None) -> Event:
         """Adds one event and returns it. Never blocks. On an open log it fails only for data that
-        is no JSON (TypeError), and then has changed nothing.
+        is no JSON (TypeError), and then has changed nothing. time_ms: when it came, if not now.
         """
         self._check_open()
         size = len(orjson.dumps(data))
         self.top += 1
-        event = Event(type, data, Position(self.epoch, self.top), now_ms(), self.origin)
+        event = Event(type, data, Position(self.epoch, self.top), time_ms or now_ms(), self.origin)
         self._items.append(event)
         self._starts.append(self.top)
         self._bytes += size
@@ -117,9 +118,9 @@ class Log:
             listener()
         return event
 
-    def extend(self, head: Mapping[str, Any], text: str) -> None:
+    def extend(self, head: Mapping[str, Any], text: str, time_ms: int | None = None) -> None:
         """Adds one delta: an event of type `delta` with the data of `head` and `content: text`.
-        Only for a log without bounds (a generation's).
+        Only for a log without bounds (a generation's). time_ms: as of `append`.
         """
         self._check_open()
         encoded = text.encode()
@@ -131,10 +132,16 @@ class Log:
             self._starts.append(self.top)
         run.text += encoded
         run.ends.append(len(run.text))
-        run.times.append(max(0, now_ms() - self._start))  # a clock may be set back
+        run.times.append(max(0, (time_ms or now_ms()) - self._start))  # a clock may be set back
         self._bytes += len(encoded)
         for listener in self.listeners:
             listener()
+
+    def skip(self, offset: int) -> None:
+        """Leaves a hole: the next event comes after this offset. Only for the end of a log whose
+        writer is lost: nobody knows how far readers of it have come.
+        """
+        self.top = offset
 
     def close(self) -> None:
         """No event comes after this: whoever has read to the top is at the end."""
@@ -157,10 +164,11 @@ class Log:
         for index in range(first, len(self._items)):
             item = self._items[index]
             if isinstance(item, Run):
-                after, limit = self._read_run(item, after, merge, limit, events)
+                if after < item.first + len(item.ends) - 1:  # else a skip follows it
+                    after, limit = self._read_run(item, after, merge, limit, events)
             else:
                 events.append(item)
-                after += 1
+                after = item.id.offset
                 limit -= 256  # about what its JSON takes beside its data: a bound on work too
                 limit -= self._sizes[index] if self._sizes else 0
             if limit <= 0:
@@ -216,7 +224,7 @@ class Log:
             count = len(self._items) - drop
             if not (
                 (self._max_events and count > self._max_events)
-                or (self._max_bytes and size > self._max_bytes)
+                or (self._max_bytes and size > self._max_bytes and count > 1)
                 or (self._max_age and isinstance(item, Event) and item.time < oldest)
             ):
                 break

@@ -24,8 +24,11 @@ class Presence:
     def enter(self, room: Room, user: str) -> None:
         """A connection of this person's comes in."""
         if user not in room.people:
+            known = room.has(user)
             room.people[user] = 0
-            self._tell(room, "user_joined", user)
+            room.keeper.entered(room, user)
+            if not known:
+                self._tell(room, "user_joined", user)
         room.people[user] += 1
         if (timer := self._leaving.pop((room, user), None)) is not None:
             timer.cancel()
@@ -41,7 +44,9 @@ class Presence:
 
     def _left(self, room: Room, user: str) -> None:
         del self._leaving[room, user], room.people[user]
-        self._tell(room, "user_left", user)
+        room.keeper.left(room, user)
+        if not room.has(user):
+            self._tell(room, "user_left", user)
 
     def _tell(self, room: Room, type: str, user: str) -> None:
         self._delivery.broadcast(room, room.ephemeral(type, {"userId": user}))

@@ -4,13 +4,16 @@
         async with publisher.task("ann", "work") as task:
             await task.progress(percent=50)
 
-It stands alone: nothing of the server is needed to use it.
+It stands alone: nothing of the server is needed to use it. Given the URL of the server's Redis
+instead, it publishes there.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import os
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -32,20 +35,82 @@ class PublishError(Exception):
         self.status = status
 
 
-class Publisher:
-    """Publishes into the channels of a server.
+class _Server:
+    """By the server's own call. Cancelling it may have published or not, as with the other."""
 
-    url: the server's base URL. key: a service key; a server in open mode needs none. timeout:
-    seconds that one event may take.
-    """
-
-    def __init__(self, url: str, key: str = "", *, timeout: float = 10.0) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise ValueError("the server's base URL begins with http:// or https://")
+    def __init__(self, url: str, key: str, timeout: float) -> None:
         self._url = f"{url.rstrip('/')}/api/v1/sse/publish"
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._session: aiohttp.ClientSession | None = None
+
+    async def publish(self, user_id: str, channel: str, event: str, data: JSON) -> int:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout)
+        body = {"user_id": user_id, "channel": channel, "event": event, "data": data}
+        try:
+            async with self._session.post(self._url, json=body) as answer:
+                if answer.status >= 400:
+                    said = (await answer.text())[:500]
+                    raise PublishError(f"{answer.status}: {said}", answer.status)
+                delivered: int = (await answer.json())["delivered"]
+                return delivered
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise PublishError(f"{type(error).__name__}: {error}") from error
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+
+class _Redis:
+    """By Redis, from where every instance of the server hears it."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        # Only who publishes this way needs it. redis-py would repeat an event without a word.
+        from redis.asyncio import Redis
+        from redis.asyncio.retry import Retry
+        from redis.backoff import NoBackoff
+
+        once = Retry(NoBackoff(), 0)
+        self._redis = Redis.from_url(
+            url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=once
+        )
+
+    async def publish(self, user_id: str, channel: str, event: str, data: JSON) -> int:
+        from redis.exceptions import RedisError
+
+        if not channel or ":" in channel:
+            raise PublishError("a channel's name has no `:`", 422)
+        message = json.dumps({"event": event, "data": data})
+        try:
+            return int(await self._redis.publish(f"sse:{channel}:{user_id}", message))
+        except (RedisError, OSError, TimeoutError) as error:
+            raise PublishError(f"{type(error).__name__}: {error}") from error
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+
+class Publisher:
+    """Publishes into the channels of a server.
+
+    url: the server's base URL, or that of its Redis; without it the environment's
+    RIVULET_REDIS__URL or REDIS_URL. key: a service key, for the server; one in open mode needs
+    none. timeout: seconds that one event may take. Raises ValueError for another kind of URL.
+    """
+
+    def __init__(self, url: str = "", key: str = "", *, timeout: float = 10.0) -> None:
+        environ = os.environ
+        url = url or environ.get("RIVULET_REDIS__URL", "") or environ.get("REDIS_URL", "")
+        self._way: _Server | _Redis
+        if url.startswith(("http://", "https://")):
+            self._way = _Server(url, key, timeout)
+        elif url.startswith(("redis://", "rediss://", "unix://")):
+            self._way = _Redis(url, timeout)
+        else:
+            raise ValueError("a URL begins with http://, https://, redis://, rediss:// or unix://")
 
     async def __aenter__(self) -> Self:
         return self
@@ -60,27 +125,15 @@ class Publisher:
 
     async def close(self) -> None:
         """Closes its connections; publishing again opens new ones."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._way.close()
 
     async def publish(self, user_id: str, channel: str, event: str, data: JSON) -> int:
-        """Publishes one event; how many streams of this person it went to. Raises PublishError.
+        """Publishes one event; how many streams of this person it went to, or by Redis how many
+        instances. Raises PublishError.
 
         It is not tried again: when an answer is lost, the event may have arrived.
         """
-        if self._session is None:
-            self._session = aiohttp.ClientSession(headers=self._headers, timeout=self._timeout)
-        body = {"user_id": user_id, "channel": channel, "event": event, "data": data}
-        try:
-            async with self._session.post(self._url, json=body) as answer:
-                if answer.status >= 400:
-                    said = (await answer.text())[:500]
-                    raise PublishError(f"{answer.status}: {said}", answer.status)
-                delivered: int = (await answer.json())["delivered"]
-                return delivered
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise PublishError(f"{type(error).__name__}: {error}") from error
+        return await self._way.publish(user_id, channel, event, data)
 
     @asynccontextmanager
     async def task(

@@ -18,11 +18,59 @@ import orjson
 from streaming.config import History
 from streaming.config import Rooms as RoomsConfig
 from streaming.dialects import ENDINGS, is_text
-from streaming.errors import InvalidField, NotFound, Unavailable
+from streaming.errors import InvalidField, Unavailable
 from streaming.events import JSON, Event, Position
-from streaming.log import Cursor, Gap, Log, now_ms
+from streaming.log import Cursor, FellBehind, Gap, Log, now_ms
 
 KEYS = 1000  # idempotency keys that a room remembers
+
+
+class Keeper:
+    """Who puts in order what is published in rooms, and keeps it: here, this process alone. A
+    bridge between instances, or a file, takes its place.
+    """
+
+    immediate = True  # `publish` returns in the turn of the loop in which it is called
+    keeps = False  # it may know rooms that are not held in this process
+
+    async def open(self, room: Room) -> None:
+        """Brings a room to the present, before anybody reads it. Raises Unavailable."""
+
+    async def reach(self, room: Room, after: str) -> None:
+        """Brings an open room to this position, where others may know more of it already."""
+
+    async def settle(self, room: Room) -> None:
+        """Waits for what `conclude` still does in this room, a moment at most."""
+
+    async def publish(
+        self, room: Room, events: Sequence[tuple[str, JSON]], key: tuple[str, str]
+    ) -> list[str]:
+        """See Room.publish."""
+        return room.add(events, key)
+
+    def conclude(self, room: Room, type: str, data: JSON) -> None:
+        """Tells the room of the end of a generation that has run in it, from here."""
+        if not room.log.closed:  # else it has been deleted
+            room.append(type, data)
+
+    def running(self, room: Room, stream_id: str) -> Log | None:
+        """The log of a generation that runs elsewhere."""
+        return None
+
+    def entered(self, room: Room, user: str) -> None:
+        """The first connection of this person's has come in here."""
+
+    def left(self, room: Room, user: str) -> None:
+        """The last connection of this person's here has been gone for a while."""
+
+    def told(self, room: Room, event: Event) -> None:
+        """Passes on an ephemeral event that everybody here has been told."""
+
+    async def delete(self, room: Room, user: str) -> None:
+        """Lets go of all that is kept of it elsewhere, and says who wanted that."""
+
+    def forget(self, room: Room) -> None:
+        """Nobody uses this room here any more."""
 
 
 class Room:
@@ -30,27 +78,49 @@ class Room:
     and its ending.
     """
 
-    def __init__(self, name: str, config: RoomsConfig, messages: int) -> None:
+    def __init__(
+        self, name: str, config: RoomsConfig, messages: int, keeper: Keeper | None = None
+    ) -> None:
         self.name = name
-        self.log = Log(
-            {"room": name},
-            max_events=config.events,
-            max_bytes=config.bytes,
-            max_age=config.age,
-        )
+        self.keeper = keeper or Keeper()
+        self.log = self._begin(config)
+        self._config = config
         self.messages: deque[Event] = deque(maxlen=messages)  # what was said, by whomever
+        self.starting: dict[str, Log] = {}  # of generations that are about to be told here
         self.running: dict[str, Log] = {}  # by stream id
-        self.people: dict[str, int] = {}  # connections by user
+        self.people: dict[str, int] = {}  # connections here, by user
+        self.elsewhere: dict[str, set[str]] = {}  # people by the instance that has them
         self.used = self.left = time.monotonic()  # left: when somebody last went
-        self._keys: OrderedDict[tuple[str, str], tuple[bytes, list[str]]] = OrderedDict()
+        self.keys: OrderedDict[tuple[str, str], tuple[bytes, list[str]]] = OrderedDict()
 
-    def append(self, type: str, data: JSON, running: Log | None = None) -> Event:
-        """Adds an event and folds it into the projections. running: the log of the generation that
-        this event (`started`) tells of.
-        """
-        event = self.log.append(type, data)
-        if type == "started" and running is not None:
-            self.running[data["stream_id"]] = running
+    def _begin(self, config: RoomsConfig, epoch: str | None = None, start: int = 0) -> Log:
+        bounds = {"max_events": config.events, "max_bytes": config.bytes}
+        return Log({"room": self.name}, epoch=epoch, start=start, max_age=config.age, **bounds)
+
+    def restart(self, epoch: str, start: int) -> None:
+        """Begins another life, after offset `start` of it: whoever reads this one falls behind."""
+        before, self.log = self.log, self._begin(self._config, epoch, start)
+        self.messages.clear()
+        for listener in before.listeners:
+            listener()
+
+    def has(self, user: str) -> bool:
+        """Whether this person is here, on any instance."""
+        return user in self.people or any(user in users for users in self.elsewhere.values())
+
+    @property
+    def members(self) -> list[str]:
+        """Who is here, on any instance."""
+        return sorted(set(self.people).union(*self.elsewhere.values()))
+
+    def append(self, type: str, data: JSON, time_ms: int | None = None) -> Event:
+        """Adds an event and folds it into the projections. time_ms: see Log.append."""
+        event = self.log.append(type, data, time_ms)
+        if type == "started":
+            stream_id = data["stream_id"]
+            log = self.starting.pop(stream_id, None) or self.keeper.running(self, stream_id)
+            if log is not None:
+                self.running[stream_id] = log
         elif type in ENDINGS:
             self.running.pop(data["stream_id"], None)
         if type == "message" or (type in ENDINGS and data["content"]):
@@ -58,21 +128,29 @@ class Room:
         self.used = time.monotonic()
         return event
 
-    def publish(self, events: Sequence[tuple[str, JSON]], key: tuple[str, str]) -> list[str]:
-        """Adds these events, all in a row, and gives their ids; the same user and key give the
-        first ids again. Raises InvalidField where the events are others.
+    async def publish(
+        self, events: Sequence[tuple[str, JSON]], key: tuple[str, str] = ("", "")
+    ) -> list[str]:
+        """Publishes these events, all in a row, and gives their ids once this room holds them; the
+        same user and key give the first ids again. Cancelling it publishes them all the same.
+
+        Raises InvalidField where the events are others than the key's first, Unavailable.
         """
+        return await self.keeper.publish(self, events, key)
+
+    def add(self, events: Sequence[tuple[str, JSON]], key: tuple[str, str]) -> list[str]:
+        """As `publish`, where this process puts things in order."""
         if not key[1]:
             return [str(self.append(type, data).id) for type, data in events]
         digest = hashlib.sha256(orjson.dumps(events, option=orjson.OPT_SORT_KEYS)).digest()
-        first, ids = self._keys.get(key, (digest, []))
+        first, ids = self.keys.get(key, (digest, []))
         if first != digest:
             raise InvalidField("Idempotency-Key", "was used before with a different body")
         if not ids:
             ids = [str(self.append(type, data).id) for type, data in events]
-            self._keys[key] = digest, ids
-            if len(self._keys) > KEYS:
-                self._keys.popitem(last=False)
+            self.keys[key] = digest, ids
+            if len(self.keys) > KEYS:
+                self.keys.popitem(last=False)
         return ids
 
     def context(self) -> list[JSON]:
@@ -102,7 +180,7 @@ class Room:
 
     def presence(self) -> Event:
         """Who is here, as an ephemeral event."""
-        return self.ephemeral("presence", {"members": sorted(self.people)})
+        return self.ephemeral("presence", {"members": self.members})
 
     def join(self, after: str | None) -> tuple[RoomCursor, list[Event]]:
         """A follower's cursor, and the events that bring it there: `joined` with all that it needs
@@ -118,12 +196,12 @@ class Room:
         position = Position(self.log.epoch, cursor.offset)
         data = {
             "recovered": after is not None and gap is None,
-            "members": sorted(self.people),
+            "members": self.members,
             "messages": [event for event in self.messages if event.id.offset <= cursor.offset],
             "active": active,
         }
         opening.append(Event("joined", data, position, now_ms(), self.log.origin))
-        return RoomCursor(self, cursor.offset, places), opening
+        return RoomCursor(self, self.log, cursor.offset, places), opening
 
     def _gap(self, gap: Gap) -> Event:
         return self.ephemeral("gap", {"requested": gap.requested, "resumed": str(gap.resumed)})
@@ -136,10 +214,11 @@ class RoomCursor:
     all that it said.
     """
 
-    __slots__ = ("_offset", "_places", "_room")
+    __slots__ = ("_log", "_offset", "_places", "_room")
 
-    def __init__(self, room: Room, offset: int, places: dict[str, Cursor]) -> None:
+    def __init__(self, room: Room, log: Log, offset: int, places: dict[str, Cursor]) -> None:
         self._room = room
+        self._log = log  # the room's, as long as it lives that life
         self._offset = offset
         self._places = places
 
@@ -151,12 +230,12 @@ class RoomCursor:
     @property
     def logs(self) -> list[Log]:
         """See Cursor.logs."""
-        return [self._room.log, *(place.log for place in self._places.values())]
+        return [self._log, *(place.log for place in self._places.values())]
 
     @property
     def closed(self) -> bool:
         """Whether the room has ended."""
-        return self._room.log.closed
+        return self._log.closed
 
     @property
     def ended(self) -> bool:
@@ -167,12 +246,13 @@ class RoomCursor:
     def behind(self) -> bool:
         """Whether something is there to be read."""
         places = self._places.values()
-        return self._offset < self._room.log.top or any(place.behind for place in places)
+        lost = self._log is not self._room.log
+        return lost or self._offset < self._log.top or any(place.behind for place in places)
 
     def copy(self) -> RoomCursor:
         """Another cursor at the same place."""
         places = {stream_id: place.copy() for stream_id, place in self._places.items()}
-        return RoomCursor(self._room, self._offset, places)
+        return RoomCursor(self._room, self._log, self._offset, places)
 
     def rejoined(self) -> list[Event]:
         """Who is here: the comings and goings of meanwhile were not told."""
@@ -180,8 +260,10 @@ class RoomCursor:
 
     def read(self, *, merge: bool = True, limit: int = 1 << 62) -> list[Event]:
         """As Cursor.read, of the room and what runs in it. Raises FellBehind."""
+        if self._log is not self._room.log:
+            raise FellBehind
         events: list[Event] = []
-        for event in self._room.log.read(self._offset, limit=limit):
+        for event in self._log.read(self._offset, limit=limit):
             if event.type == "started":
                 stream_id = event.data["stream_id"]
                 if stream_id in self._room.running and stream_id not in self._places:
@@ -207,7 +289,8 @@ class Rooms:
     `idle` seconds goes; where there are too many, the one that was used longest ago.
     """
 
-    def __init__(self, config: RoomsConfig, history: History) -> None:
+    def __init__(self, config: RoomsConfig, history: History, keeper: Keeper | None = None) -> None:
+        self.keeper = keeper or Keeper()
         self._config = config
         self._messages = history.messages
         self._rooms: OrderedDict[str, Room] = OrderedDict()  # least recently used first
@@ -219,12 +302,35 @@ class Rooms:
     def __iter__(self) -> Iterator[Room]:
         return iter(self._rooms.values())
 
-    def delete(self, name: str) -> Room:
-        """Forgets a room and returns it, to be ended for everybody in it. Raises NotFound."""
-        room = self._rooms.pop(name, None)
-        if room is None:
-            raise NotFound("no such room", param="room")
+    def end(self, name: str, user: str) -> None:
+        """Ends a room for everybody in it: this person has deleted it."""
+        if (room := self._rooms.pop(name, None)) is not None:
+            self.keeper.forget(room)
+            room.append("left", {"user_id": user})
+            room.log.close()
+
+    async def delete(self, room: Room, user: str) -> None:
+        """Ends a room, and lets go of all that is kept of it. Raises Unavailable."""
+        await self.keeper.delete(room, user)
+        self.end(room.name, user)
+
+    async def open(self, name: str, after: str | None = None) -> Room:
+        """As `get`, brought to the present, and to the position `after`: what anybody is told of a
+        room is told of this.
+        """
+        room = self.get(name)
+        await self.keeper.open(room)
+        if after is not None:
+            await self.keeper.reach(room, after)
         return room
+
+    async def seek(self, name: str) -> Room | None:
+        """The room of this name, here or elsewhere, if anything is known of it."""
+        room = self._rooms.get(name)
+        if room is not None or not self.keeper.keeps:
+            return room
+        room = await self.open(name)
+        return room if room.log.top or room.members else None
 
     def find(self, name: str) -> Room | None:
         """The room of this name, if there is one."""
@@ -243,7 +349,8 @@ class Rooms:
                 self.sweep(len(self._rooms))
             if self._full:
                 raise Unavailable("too many rooms are in use", code="overloaded", retry_after=5)
-            room = self._rooms[name] = Room(name, self._config, self._messages)
+            room = Room(name, self._config, self._messages, self.keeper)
+            self._rooms[name] = room
         room.used = time.monotonic()
         self._rooms.move_to_end(name)
         return room
@@ -262,8 +369,12 @@ class Rooms:
             if room.running or room.people or room.log.listeners:
                 self._rooms.move_to_end(room.name)
             elif room.used < oldest:
-                del self._rooms[room.name]
+                self._forget(room)
             else:
                 unused.append(room)
         if unused and self._full:
-            del self._rooms[min(unused, key=lambda room: room.used).name]
+            self._forget(min(unused, key=lambda room: room.used))
+
+    def _forget(self, room: Room) -> None:
+        del self._rooms[room.name]
+        self.keeper.forget(room)

@@ -45,7 +45,7 @@ Said = WSMessage | WSMessageTextBytes
 class Listener(Protocol):
     """Who hears what the client of a socket says."""
 
-    def take(self, said: str | bytes) -> None: ...
+    async def take(self, said: str | bytes) -> None: ...
     def gone(self) -> None: ...
 
 
@@ -176,7 +176,7 @@ class SocketSink(Sink):
         """Hears all that has been said, and no next frame while its answers cannot be written."""
         try:
             while self._inbox.unheard:
-                self._hear(await self._inbox.hear())
+                await self._hear(await self._inbox.hear())
                 await self.drained()
         except WebSocketError as error:
             self.close(error.code, wait=LINGER)
@@ -191,7 +191,7 @@ class SocketSink(Sink):
         finally:
             self._listening = None
 
-    def _hear(self, said: Said) -> None:
+    async def _hear(self, said: Said) -> None:
         if said.type is WSMsgType.CLOSE:
             # 1006 must not be sent (RFC 6455, section 7.4.1), and aiohttp takes it.
             wrong = said.data == WSCloseCode.ABNORMAL_CLOSURE
@@ -202,7 +202,7 @@ class SocketSink(Sink):
         elif said.type is WSMsgType.PING:
             self.write(text_frame(said.data, PONG))
         elif said.type is not WSMsgType.PONG:
-            self.listener.take(said.data)
+            await self.listener.take(said.data)
 
     def close(self, code: int, reason: str = "", wait: float = CLOSE_WAIT) -> None:
         """Says goodbye with a code; a client that has not answered in `wait` seconds is cut."""

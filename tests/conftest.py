@@ -5,6 +5,7 @@ Under CI a skipped test is a failure: what was not run was not seen working.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from pathlib import Path
@@ -14,10 +15,12 @@ import aiohttp
 import pytest
 
 from tests import processes
+from tests.bridged import Instances
 from tests.browser import Browser
 from tests.front import Front
 from tests.nginx import Way
 from tests.processes import Server, UpstreamProcess
+from tests.redis_server import RedisServer, Wire
 
 SOAK = os.environ.get("SOAK") == "1"
 CI = os.environ.get("CI", "").lower() in ("1", "true")
@@ -73,6 +76,66 @@ def relay_server(
     process = Server(tmp_path_factory.mktemp("relay"), config)
     yield process
     process.stop()
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[Callable[..., RedisServer]]:
+    """Starts a Redis for one test: `redis_server(appendonly="yes")`."""
+    started: list[RedisServer] = []
+
+    def start(**options: str) -> RedisServer:
+        started.append(RedisServer(tmp_path / f"redis{len(started)}", **options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.stop()
+
+
+@pytest.fixture
+async def wire() -> AsyncIterator[Callable[[RedisServer], Any]]:
+    """Puts a wire before a Redis: `await wire(redis)`."""
+    started: list[Wire] = []
+
+    async def start(redis: RedisServer) -> Wire:
+        started.append(Wire(redis.port))
+        await started[-1].start()
+        return started[-1]
+
+    yield start
+    for each in started:
+        await each.stop()
+
+
+@pytest.fixture
+async def instances(tmp_path: Path, upstream: UpstreamProcess) -> AsyncIterator[Callable[..., Any]]:
+    """Starts instances that share a Redis, for one test: `await instances(redis.url, 2)`."""
+    started: list[Instances] = []
+
+    async def start(url: str, count: int, **config: Any) -> Instances:
+        directory = tmp_path / f"instances{len(started)}"
+        directory.mkdir()
+        started.append(Instances(directory, upstream, url, **config))
+        await started[-1].add(count)
+        return started[-1]
+
+    yield start
+    for each in started:
+        await asyncio.to_thread(each.stop)
+
+
+@pytest.fixture(scope="module")
+def trio(
+    tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamProcess
+) -> Iterator[Instances]:
+    """Three instances on one Redis, for tests that do them no harm."""
+    directory = tmp_path_factory.mktemp("trio")
+    redis = RedisServer(directory / "redis")
+    three = Instances(directory, upstream, redis.url)
+    asyncio.run(three.add(3))
+    yield three
+    three.stop()
+    redis.stop()
 
 
 @pytest.fixture

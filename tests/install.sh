@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the tests need beside Python packages: Chromium, nginx, Node.js and its packages, and
-# on Debian what `python3 -m venv` needs. Does nothing that is done already.
+# Installs what the tests need beside Python packages: Chromium, nginx, Redis, Node.js and its
+# packages, and on Debian what `python3 -m venv` needs. Does nothing that is done already.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -10,6 +10,8 @@ command -v curl >/dev/null || missing+=(curl)
 command -v node >/dev/null || missing+=(nodejs)
 command -v npm >/dev/null || missing+=(npm)
 [[ -x /usr/sbin/nginx ]] || missing+=(nginx)
+command -v redis-server >/dev/null || missing+=(redis-server)
+command -v redis-sentinel >/dev/null || missing+=(redis-sentinel)
 "${PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 
 if ((${#missing[@]})); then

@@ -141,7 +141,11 @@ class Connection:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
         sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, (self.host, self.port))
+        try:
+            await asyncio.get_running_loop().sock_connect(sock, (self.host, self.port))
+        except OSError:
+            sock.close()
+            raise
         limit = receive_buffer or 1 << 16
         self.reader, self.writer = await asyncio.open_connection(sock=sock, limit=limit)
 

@@ -170,7 +170,7 @@ def test_the_configuration_cannot_be_changed() -> None:
     [
         ("[server]\nprot = 1", "server.prot: unknown key; the nearest known one is server.port"),
         ("[sever]\nport = 1", "sever: unknown key; the nearest known one is server"),
-        ("[redis]", "redis: unknown key; the nearest known one is "),
+        ("[reddit]", "reddit: unknown key; the nearest known one is redis"),
         ("upstream = []", "upstream: unknown key; the nearest known one is upstreams"),
         ('[server]\n"a\\nb" = 1', 'server."a\\nb": unknown key; the nearest known one is server.'),
         (

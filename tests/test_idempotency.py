@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import app
-from streaming import config, generation
+from streaming import config, producer
 from tests.behaviour import expected
 from tests.clients import (
     JSON_PATHS,
@@ -223,7 +223,7 @@ async def test_abandoned_frees_the_key(
     """An answer that was cancelled because nobody read it is made anew for who asks again. (In this
     process, with a shorter wait than the minute that a key lingers.)
     """
-    monkeypatch.setattr(generation, "KEYED_LINGER", 0.2)
+    monkeypatch.setattr(producer, "KEYED_LINGER", 0.2)
     relaying = config.Config(
         model=config.Model(name="up:", base_url=upstream.base),
         generation=config.Generation(linger=0.1),

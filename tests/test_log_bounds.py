@@ -23,12 +23,18 @@ class Bounds(NamedTuple):
 
 
 def survivors(model: list[tuple[int, int]], bounds: Bounds, now: int) -> int:
-    """How many events stay, of (size, time): the longest end of the list within all bounds."""
+    """How many events stay, of (size, time): the longest end of the list within all bounds; the
+    newest is never too large.
+    """
     for drop in range(len(model)):
         rest = model[drop:]
         within = (
             (not bounds.max_events or len(rest) <= bounds.max_events)
-            and (not bounds.max_bytes or sum(size for size, _ in rest) <= bounds.max_bytes)
+            and (
+                len(rest) == 1
+                or not bounds.max_bytes
+                or sum(size for size, _ in rest) <= bounds.max_bytes
+            )
             and (not bounds.max_age or rest[0][1] >= now - bounds.max_age * 1000)
         )
         if within:

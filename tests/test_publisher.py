@@ -162,10 +162,12 @@ async def test_the_key_goes_along() -> None:
     assert seen == ["Bearer secret", None]
 
 
-@pytest.mark.parametrize("url", ["redis://localhost", "localhost:8080", ""])
-def test_another_url_is_refused(url: str) -> None:
-    """Before anything is sent."""
-    with pytest.raises(ValueError, match="base URL"):
+@pytest.mark.parametrize("url", ["amqp://localhost", "localhost:8080", ""])
+def test_another_url_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is sent; so is none, where the environment names none either."""
+    for name in ("RIVULET_REDIS__URL", "REDIS_URL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match="http://"):
         Publisher(url)
 
 
@@ -175,5 +177,5 @@ async def test_a_closed_publisher_leaves_no_connection(demo_server: Server) -> N
     with contextlib.suppress(PublishError):
         async with publisher:
             await publisher.publish("ann", "a:b", "x", {})
-    assert publisher._session is None
+    assert getattr(publisher._way, "_session", None) is None
     await publisher.close()

@@ -11,7 +11,7 @@ import itertools
 import os
 import random
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -190,11 +190,11 @@ async def test_more_than_is_kept_in_one_moment(server: StartServer, transport: s
 
 class Reader:
     """Follows a room through cuts. heard: the events it took, in order; None stands for a hole that
-    was announced. pause: how long it may stay away.
+    was announced. urls: of the servers that it may come to. pause: how long it may stay away.
     """
 
-    def __init__(self, url: str, room: str, seed: str, pause: float) -> None:
-        self.url, self.room, self.pause = url, room, pause
+    def __init__(self, urls: Sequence[str], room: str, seed: str, pause: float) -> None:
+        self.urls, self.room, self.pause = urls, room, pause
         self.seed, self.chance = seed, random.Random(seed)
         self.heard: list[JSON | None] = []
         self.position: str | None = None
@@ -217,7 +217,7 @@ class Reader:
         if cut and transport != "ws":  # anywhere, in the middle of a line too
             options["cut_after"] = chance.randint(1, chance.choice((1500, 15_000)))
             options["rst"] = chance.random() < 0.5
-        async with following(self.url, room, transport, **options) as follower:
+        async with following(chance.choice(self.urls), room, transport, **options) as follower:
             with contextlib.suppress(EOFError):
                 for _ in range(frames):
                     if self._take(await follower.next()):
@@ -259,25 +259,27 @@ def content(name: str, number: int) -> JSON:
     return {"content": f"{name} {number} " + "x" * (number % 90)}
 
 
-async def random_cuts(url: str, pause: float, writing: float) -> tuple[list[Reader], list[JSON]]:
+async def random_cuts(
+    urls: Sequence[str], pause: float, writing: float
+) -> tuple[list[Reader], list[JSON]]:
     """The readers after their cuts, and all that was published, as one saw it that was not cut."""
     room = new_room()
-    readers = [Reader(url, room, f"{SEED}.{number}", pause) for number in range(READERS)]
+    readers = [Reader(urls, room, f"{SEED}.{number}", pause) for number in range(READERS)]
     through, done = [asyncio.Event() for _ in readers], asyncio.Event()
-    witness = Reader(url, room, SEED, 0)
+    witness = Reader(urls, room, SEED, 0)
     async with asyncio.TaskGroup() as group:
         group.create_task(witness.run(0, asyncio.Event()))
         for reader, event in zip(readers, through, strict=True):
             group.create_task(reader.run(CUTS // READERS, event))
         writers = [
             group.create_task(write(url, room, f"writer{number}", writing, done))
-            for number in range(WRITERS)
+            for number, url in zip(range(WRITERS), itertools.cycle(urls), strict=False)
         ]
         for event in through:
             await event.wait()
         done.set()
         await asyncio.wait(writers)
-        await publish(url, room, {"content": "last"})
+        await publish(urls[0], room, {"content": "last"})
     assert witness.gaps == 0 and len(witness.heard) > CUTS
     told = [frame for frame in witness.heard if frame is not None]
     assert [offset_of(frame["id"]) for frame in told] == list(range(1, len(told) + 1))
@@ -294,7 +296,7 @@ async def test_random_cuts_inside_retention(server: StartServer) -> None:
     write: each has every event once, in order, the same as one that was never cut.
     """
     process = server(rooms={"events": 10**6, "bytes": 2**30}, history={"messages": 5})
-    readers, told = await random_cuts(process.url, pause=0.2, writing=0.002)
+    readers, told = await random_cuts([process.url], pause=0.2, writing=0.002)
     for reader in readers:
         assert (reader.gaps, None in reader.heard) == (0, False), reader.seed
         missing = len(told) - len(reader.heard)  # published before it had its first position
@@ -308,7 +310,7 @@ async def test_random_cuts_outside_retention(server: StartServer) -> None:
     missing is announced, and nothing is doubled or moved.
     """
     url = server(rooms={"events": 30}, history={"messages": 5}).url
-    readers, told = await random_cuts(url, pause=0.4, writing=0.005)
+    readers, told = await random_cuts([url], pause=0.4, writing=0.005)
     assert sum(reader.gaps for reader in readers) > len(readers)
     assert sum(reader.recovered for reader in readers) > len(readers)
     by_offset = {offset_of(frame["id"]): frame for frame in told}

@@ -44,7 +44,8 @@ class World:
             log = Log({"stream_id": id, "room": "r"})
             log.append("started", {"model": "m"})
             self.texts[id] = ""
-            self.room.append("started", {"stream_id": id, "user_id": "u", "model": "m"}, log)
+            self.room.starting[id] = log
+            self.room.append("started", {"stream_id": id, "user_id": "u", "model": "m"})
         elif action == "speak" and running is not None:
             running.extend(ONE, text)
             self.texts[id] += text

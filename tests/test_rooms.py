@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streaming import config
-from streaming.errors import InvalidField, NotFound, Unavailable
+from streaming.errors import InvalidField, Unavailable
 from streaming.log import Log
 from streaming.rooms import Room, Rooms
 from tests.properties import property_test
@@ -42,7 +42,9 @@ def room(name: str = "r", messages: int = 100, **bounds: Any) -> Room:
 def told(each: Room, events: Sequence[Said]) -> Room:
     """The room after these events; each start comes with a log of its own."""
     for type, data in events:
-        each.append(type, data, Log(data) if type == "started" else None)
+        if type == "started":
+            each.starting[data["stream_id"]] = Log(data)
+        each.append(type, data)
     return each
 
 
@@ -87,8 +89,9 @@ def test_what_was_said_before_an_ending_was_said(ending: str) -> None:
 def test_running_are_those_between_start_and_end() -> None:
     """Each with its log; any number at once."""
     conversation, first, second = room(), Log({}), Log({})
-    conversation.append("started", {"stream_id": "g1", "user_id": "u", "model": "m"}, first)
-    conversation.append("started", {"stream_id": "g2", "user_id": "v", "model": "m"}, second)
+    conversation.starting |= {"g1": first, "g2": second}
+    conversation.append("started", {"stream_id": "g1", "user_id": "u", "model": "m"})
+    conversation.append("started", {"stream_id": "g2", "user_id": "v", "model": "m"})
     assert conversation.running == {"g1": first, "g2": second}
     conversation.append("cancelled", {"stream_id": "g1", "content": ""})
     assert conversation.running == {"g2": second}
@@ -134,9 +137,9 @@ published = st.lists(
 def test_any_batching_gives_the_same_room(events: list[Said], sizes: list[int], keep: int) -> None:
     """The same events in batches of any size: the same log, ids in a row, the same projections."""
     whole, parts, rest = room(messages=keep), room(messages=keep), events
-    whole.publish(events, ("u", ""))
+    whole.add(events, ("u", ""))
     for size in [*sizes, len(rest)]:
-        ids = parts.publish(rest[:size], ("u", ""))
+        ids = parts.add(rest[:size], ("u", ""))
         offsets = [int(id.rpartition("-")[2]) for id in ids]
         assert offsets == list(range(parts.log.top - len(ids) + 1, parts.log.top + 1))
         rest = rest[size:]
@@ -153,31 +156,31 @@ SAID: list[Said] = [("message", {"user_id": "u", "content": "Hi"})]
 def test_the_same_key_gives_the_first_ids() -> None:
     """And adds nothing; another user's same key is another key, and no key is none."""
     each = room()
-    first = each.publish(SAID, ("u", "k"))
-    assert each.publish(SAID, ("u", "k")) == first
-    assert each.publish(SAID, ("v", "k")) != first
-    assert each.publish(SAID, ("u", "")) != each.publish(SAID, ("u", ""))
+    first = each.add(SAID, ("u", "k"))
+    assert each.add(SAID, ("u", "k")) == first
+    assert each.add(SAID, ("v", "k")) != first
+    assert each.add(SAID, ("u", "")) != each.add(SAID, ("u", ""))
     assert each.log.top == 4
 
 
 def test_a_key_with_another_body_is_refused() -> None:
     """It would hide one of the two; nothing is added."""
     each = room()
-    each.publish(SAID, ("u", "k"))
+    each.add(SAID, ("u", "k"))
     with pytest.raises(InvalidField) as refusal:
-        each.publish([("message", {"user_id": "u", "content": "Ho"})], ("u", "k"))
+        each.add([("message", {"user_id": "u", "content": "Ho"})], ("u", "k"))
     assert (refusal.value.param, each.log.top) == ("Idempotency-Key", 1)
 
 
 def test_keys_outlive_what_the_log_lets_go_of() -> None:
     """A bounded number of them: the oldest leaves for the newest."""
     each = room(events=2)
-    first = each.publish(SAID, ("u", "0"))
+    first = each.add(SAID, ("u", "0"))
     for number in range(1, 1000):
-        each.publish(SAID, ("u", str(number)))
-    assert each.publish(SAID, ("u", "0")) == first
-    each.publish(SAID, ("u", "1000"))
-    assert each.publish(SAID, ("u", "0")) != first
+        each.add(SAID, ("u", str(number)))
+    assert each.add(SAID, ("u", "0")) == first
+    each.add(SAID, ("u", "1000"))
+    assert each.add(SAID, ("u", "0")) != first
 
 
 def test_the_projections_outlive_the_trimmed_events() -> None:
@@ -273,13 +276,14 @@ def test_a_room_with_people_in_it_is_not_forgotten(time: Time) -> None:
 
 
 def test_a_deleted_room_is_forgotten() -> None:
-    """The next of its name is another; one that is not there cannot be deleted."""
+    """Its readers are told; the next of its name is another."""
     rooms = registry()
     first = rooms.get("a")
-    assert rooms.delete("a") is first
+    rooms.end("a", "u")
+    assert first.log.closed and first.log.read(0)[-1].type == "left"
     assert rooms.find("a") is None and rooms.get("a") is not first
-    with pytest.raises(NotFound):
-        rooms.delete("b")
+    rooms.end("b", "u")
+    assert rooms.find("b") is None
 
 
 def test_a_forgotten_room_comes_back_as_a_new_one(time: Time) -> None:

@@ -282,7 +282,10 @@ async def test_an_answer_in_one_piece(upstream: UpstreamProcess, path: str) -> N
     application = rivulet.build(config)
     async with in_process(application) as url:
         asking = asyncio.create_task(whole(url, path, model, headers={"Idempotency-Key": "k"}))
-        running = await until(lambda: application[GENERATIONS].started(key))
+        generations = application[GENERATIONS]
+        await until(lambda: generations.running)
+        running = await generations.started(key)
+        assert running is not None
         await until(lambda: len(running.text()) > 100)
         await stop(url, running.id)
         seen = await asking

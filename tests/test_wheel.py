@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from streaming.delivery import Wheel
+from streaming.clock import Wheel
 
 PERIOD = 0.01  # seconds
 BEATS = 20
