@@ -248,10 +248,10 @@ def load(
         labels["model.api_key"] = "OPENAI_API_KEY"
 
     config: Config = _table(Config, draft, "", problems)
-    if not any(path.startswith(("model", "upstreams", "server", "redis")) for path in problems):
-        problems |= _across(config)
-    if not any(path.startswith(("history", "redis")) for path in problems):
-        problems |= _keepers(config)
+    if not any(path.startswith(("model", "upstreams")) for path in problems):
+        problems |= _upstreams(config)
+    if not any(path.startswith(("server", "history", "redis")) for path in problems):
+        problems |= _instances(config)
     if problems:
         lines = []
         for path, reason in problems.items():
@@ -329,14 +329,12 @@ def _fault(kind: Any, value: Any, rules: Mapping[str, Any]) -> str:
     return ""
 
 
-def _across(config: Config) -> dict[str, str]:
-    """What is wrong between one key and another."""
+def _upstreams(config: Config) -> dict[str, str]:
+    """What is wrong between one model and another."""
     model, upstreams = config.model, config.upstreams
     known = {model.name}.union(*(upstream.models for upstream in upstreams))
     demo = (not model.base_url and is_demo(model.name)) or any(not u.base_url for u in upstreams)
     problems: dict[str, str] = {}
-    if config.server.workers > 1 and not config.redis.url:
-        problems["server.workers"] = "more than one needs redis.url, which joins them"
     names: set[str] = set()
     models: set[str] = set()
     for number, upstream in enumerate(upstreams):
@@ -356,9 +354,12 @@ def _across(config: Config) -> dict[str, str]:
     return problems
 
 
-def _keepers(config: Config) -> dict[str, str]:
+def _instances(config: Config) -> dict[str, str]:
+    """What is wrong between Redis and what there is with it only, or without it only."""
     if config.history.path and config.redis.url:
         return {"history.path": "must be empty where redis.url is set: Redis keeps the rooms then"}
+    if config.server.workers > 1 and not config.redis.url:
+        return {"server.workers": "more than one needs redis.url, which joins them"}
     return {}
 
 

@@ -197,7 +197,7 @@ async def test_fetch_event_source_never_starts_a_second_answer(
     model = "up:id=fes-cut,tokens=60,rate=100"
     before, path = await front(relay_server.url), "/api/chat/stream"
     after_chunk, after_end = b'"metadata":{"model":"%b"}}\n\n' % model.encode(), b"}}}\n\n"
-    before.cut(path, after_chunk, after_chunk, after_end, rst=True)
+    before.cut(path, after_chunk, after_chunk, after_end)
     body = {"message": PROMPT, "model": model, "conversation_id": "c-fes"}
     got = await browser.run(before, FETCH_EVENT_SOURCE, path=path, body=body)
     messages = parsed(got["messages"])
