@@ -53,12 +53,13 @@ class Wheel:
         self._touched: OrderedDict[Beating, float] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
 
-    def touch(self, item: Beating) -> None:
-        """Puts `item` at the end; new ones too."""
-        self._touched[item] = time.monotonic()
+    def touch(self, item: Beating) -> float:
+        """Puts `item` at the end; new ones too. When that was, as time.monotonic() has it."""
+        self._touched[item] = now = time.monotonic()
         self._touched.move_to_end(item)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._period, self._turn)
+        return now
 
     def drop(self, item: Beating) -> None:
         """Takes `item` off."""

@@ -16,6 +16,7 @@ import fcntl
 import socket
 import sys
 import termios
+import time
 from collections.abc import Coroutine, Hashable
 from typing import Any, Protocol
 
@@ -131,7 +132,7 @@ class Feed:
         self._delivery = delivery
         self._groups: dict[tuple[Encoder, bool], set[Sink]] = {}
         self._scheduled = False
-        self._rests = 0.0  # until then, as the loop has it
+        self._rests = 0.0  # until then, as time.monotonic() has it
         self._loop = asyncio.get_running_loop()  # asking for it costs a system call each time
         self._logs: list[Log] = []
         self.listen(cursor.logs)
@@ -166,8 +167,8 @@ class Feed:
         # What comes in one turn of the loop goes out in one write.
         if not self._scheduled:
             self._scheduled = True
-            if self._rests > self._loop.time():
-                self._loop.call_at(self._rests, self.flush)
+            if self._rests and (wait := self._rests - time.monotonic()) > 0:
+                self._loop.call_later(wait, self.flush)
             else:
                 self._loop.call_soon(self.flush)
 
@@ -188,19 +189,19 @@ class Feed:
             self._put_out([sink for sinks in self._groups.values() for sink in sinks])
             return
         self.listen(self.cursor.logs)
-        began = self._loop.time()
+        began = time.monotonic()
         lagging: list[Sink] = []
         for (encoder, chunked), sinks in self._groups.items():
             if not encoder.dialect.merge:
                 events = start.copy().read(merge=False)
             _write_all(sinks, encoder.encode(events), chunked, lagging)
-        self._delivery.silence.touch(self)
+        ended = self._delivery.silence.touch(self)
         self._put_out(lagging)
         # Writing to a thousand takes milliseconds, and a write of four events hardly more than a
         # write of one. So a large and busy room leaves half of the time to others, and what it is
         # told meanwhile goes out together.
-        took = self._loop.time() - began
-        self._rests = began + took + min(took, REST_MOST) if took > REST_AFTER else 0.0
+        took = ended - began
+        self._rests = ended + min(took, REST_MOST) if took > REST_AFTER else 0.0
 
     def broadcast(self, event: Event) -> None:
         """Writes an ephemeral event to every live sink, after what is there already."""
