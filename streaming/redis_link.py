@@ -319,6 +319,7 @@ def connect(url: str) -> Redis:
         if parts.scheme == "rediss+sentinel":
             options["ssl"] = True
         asked = {"socket_timeout": PATIENCE}
+        # The ignored error: redis-py gives its Sentinel no types.
         sentinel: Any = Sentinel(sentinels, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
         login = {"db": int(db or 0), "username": user, "password": password}
         client: Redis = sentinel.master_for(name, **login, **options)

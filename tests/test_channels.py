@@ -179,7 +179,7 @@ async def test_a_user_has_five_streams(demo_server: Server) -> None:
         for stream in streams:
             assert (await stream.next()).event == "x"
         streams[0].answer.connection.cut(rst=True)
-        while await publish(demo_server.url, user, "y", {}) > 4:  # noqa: ASYNC110
+        while await publish(demo_server.url, user, "y", {}) > 4:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.01)
         async with reading(demo_server.url, user):
             pass
