@@ -23,6 +23,7 @@ from streaming.events import JSON, Event, Position
 from streaming.log import Cursor, FellBehind, Gap, Log, now_ms
 
 KEYS = 1000  # idempotency keys that a room remembers
+SNAPSHOT = 256 * 1024  # characters of messages that a newcomer is told: a crowd comes at once
 
 
 class Keeper:
@@ -197,11 +198,25 @@ class Room:
         data = {
             "recovered": after is not None and gap is None,
             "members": self.members,
-            "messages": [event for event in self.messages if event.id.offset <= cursor.offset],
+            "messages": self._last(cursor.offset),
             "active": active,
         }
         opening.append(Event("joined", data, position, now_ms(), self.log.origin))
         return RoomCursor(self, self.log, cursor.offset, places), opening
+
+    def _last(self, upto: int) -> list[Event]:
+        """The last messages up to this offset, as many as go into a snapshot; at least one."""
+        last: list[Event] = []
+        left = SNAPSHOT
+        for event in reversed(self.messages):
+            if event.id.offset <= upto:
+                left -= len(event.data["content"])
+                if "data" in event.data:
+                    left -= len(orjson.dumps(event.data["data"]))
+                if left < 0 and last:
+                    break
+                last.append(event)
+        return last[::-1]
 
     def _gap(self, gap: Gap) -> Event:
         return self.ephemeral("gap", {"requested": gap.requested, "resumed": str(gap.resumed)})

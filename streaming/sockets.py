@@ -25,7 +25,7 @@ from aiohttp._websocket.reader import WebSocketDataQueue
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import WS_KEY, WebSocketReader, WSMessageTextBytes, ws_ext_gen, ws_ext_parse
 
-from streaming.delivery import Delivery, Place, Sink, TooSlow
+from streaming.delivery import THROUGH, Delivery, Place, Sink, TooSlow
 from streaming.encoders import DEFLATED, WEBSOCKET, Encoder, encoder, text_frame
 from streaming.errors import BadRequest
 from streaming.events import JSON
@@ -82,6 +82,25 @@ class SocketSink(Sink):
         """See Sink.write; nothing comes after the close frame."""
         if self._closing is None:
             super().write(data)
+            if self.transport.get_write_buffer_size():
+                self.held()
+
+    @property
+    def direct(self) -> int:
+        """See Sink.direct: `gone` is told before asyncio closes the socket. TLS, and loops that
+        put off their writes, are not to be passed by.
+        """
+        raw = self.transport.get_extra_info("socket")
+        plain = self.transport.get_extra_info("sslcontext") is None
+        if not plain or not isinstance(asyncio.get_running_loop(), asyncio.SelectorEventLoop):
+            return THROUGH
+        return THROUGH if self.transport.get_write_buffer_size() else int(raw.fileno())
+
+    def held(self) -> None:
+        """See Sink.held: so it is in each of its feeds."""
+        if self.live:
+            for cursor in self.cursors.values():
+                self.delivery.feed(cursor).add(self)
 
     def follow(self, cursor: Place) -> None:
         """Reads what this cursor reads, too, from now on."""

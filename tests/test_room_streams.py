@@ -55,6 +55,27 @@ async def test_every_stream_begins_with_joined(demo_server: Server, transport: s
     assert (message["id"], message["content"]) == (first["id"], "Hi")
 
 
+async def test_a_newcomer_is_told_of_so_much(demo_server: Server) -> None:
+    """Of large messages the last that go into a quarter of a megabyte, and one however large it
+    is; what was before is in the history.
+    """
+    room = new_room()
+    said = [f"{number} {'x' * 50_000}" for number in range(8)]
+    for number, content in enumerate(said):
+        body = {"content": content} if number % 2 else {"content": content[:2], "data": content}
+        await publish(demo_server.url, room, body)
+    async with following(demo_server.url, room) as ann:
+        told = (await ann.hear("joined"))["messages"]
+    assert [message["content"][:1] for message in told] == ["3", "4", "5", "6", "7"]
+    path, before = f"/api/v1/rooms/{room}/messages", told[0]["id"]
+    _, page = await request(demo_server.url, "GET", path, None, None, None, before=before)
+    assert [message["content"][:1] for message in page["messages"]] == ["0", "1", "2"]
+    await publish(demo_server.url, room, {"content": "x" * 150_000, "data": "x" * 110_000})
+    async with following(demo_server.url, room) as ann:
+        told = (await ann.hear("joined"))["messages"]
+    assert [len(message["content"]) for message in told] == [150_000]
+
+
 async def test_everybody_sees_the_same_frames(demo_server: Server) -> None:
     """On WebSocket, SSE and NDJSON: messages, other events, typing, an answer's start and end."""
     room = new_room()
