@@ -36,6 +36,12 @@ _UPGRADE = (
 )
 
 
+def greeting(plan: Audience) -> bytes:
+    """The request that follows the room."""
+    headers = _UPGRADE if plan.websocket else ("Accept: text/event-stream",)
+    return request("GET", plan.follow, f"127.0.0.1:{plan.port}", b"", *headers)
+
+
 class Subscriber:
     """One connection that follows the room.
 
@@ -145,8 +151,7 @@ class Room:
 
     def __init__(self, plan: Audience) -> None:
         self.plan = plan
-        headers = _UPGRADE if plan.websocket else ("Accept: text/event-stream",)
-        self.greeting = request("GET", plan.follow, f"127.0.0.1:{plan.port}", b"", *headers)
+        self.greeting = greeting(plan)
         self.order: dict[int, int] = {}
         self.pieces: dict[bytes, tuple[int, list[int]]] = {}
         self.free: deque[Publisher] = deque()

@@ -2,5 +2,6 @@
 
 from bench.cases import STREAMS
 from bench.fanout import FANOUT
+from bench.stalled import CROWDED
 
-CASES = STREAMS | FANOUT
+CASES = STREAMS | FANOUT | CROWDED

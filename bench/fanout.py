@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryDirectory
 
@@ -75,9 +75,9 @@ def serving(bench: Bench, service: Service) -> Iterator[Server]:
             yield server
 
 
-def listen(bench: Bench, server: Server, service: Service, transport: str, plan: Audience) -> Heard:
-    """One run of the load against the server."""
-    full = replace(
+def aimed(plan: Audience, server: Server, service: Service, transport: str) -> Audience:
+    """The plan, with where and what the server is."""
+    return replace(
         plan,
         port=server.port,
         follow=service.follow[transport],
@@ -86,15 +86,32 @@ def listen(bench: Bench, server: Server, service: Service, transport: str, plan:
         hello=service.hello,
         pid=server.pid,
     )
-    return Heard.parse(run_load("bench.audience", full, bench.cores.load))
 
 
-def sample(bench: Bench, transport: str, peer: str, plan: Audience) -> Heard:
-    """One run against a fresh server of this peer, which has had some subscribers before."""
+def listen(bench: Bench, plan: Audience) -> Heard:
+    """One run of the load."""
+    return Heard.parse(run_load("bench.audience", plan, bench.cores.load))
+
+
+def sample(
+    bench: Bench,
+    transport: str,
+    peer: str,
+    plan: Audience,
+    env: Mapping[str, str] | None = None,
+    beside: Callable[[Audience], AbstractContextManager[None]] | None = None,
+) -> Heard:
+    """One run against a fresh server of this peer, which has had some subscribers before; within
+    `beside`, which is told of the plan.
+    """
     service = PEERS[transport][peer]
+    service = replace(service, env={**service.env, **(env or {})})
     with serving(bench, service) as server:
-        listen(bench, server, service, transport, Audience(count=5, seconds=0))  # its imports
-        return listen(bench, server, service, transport, plan)
+        few = Audience(count=5, seconds=0)
+        listen(bench, aimed(few, server, service, transport))  # its imports
+        full = aimed(plan, server, service, transport)
+        with beside(full) if beside else nullcontext():
+            return listen(bench, full)
 
 
 Measure = Callable[[Heard], float]

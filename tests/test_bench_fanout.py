@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import fanout, report
+from bench import fanout, report, stalled
 from bench.audience import Room, Subscriber
 from bench.cases import RIVULET, Bench, Outcome
 from bench.fanout import PEERS, WEBSOCKET, sample
@@ -87,6 +87,15 @@ def test_every_message_reaches_everybody(transport: str, peer: str, rate: float)
         assert result.latency_ms
         assert result.latency_ms.count == result.deliveries
         assert 10 <= result.publishes <= 16
+
+
+@pytest.mark.parametrize("transport", PEERS)
+def test_those_who_read_hear_all_beside_those_who_do_not(transport: str) -> None:
+    """On either transport, and nothing that fills those up is counted as heard."""
+    plan = Audience(count=7, rate=50, seconds=0.3, warmup=0.1)
+    result = stalled.hear(Bench(runs=1, seconds=0.3), transport, 20, plan)
+    assert (result.wrong, result.errors, result.subscribers) == (0, {}, 7)
+    assert result.deliveries == 7 * result.publishes > 0
 
 
 def test_the_report_has_rooms_and_their_targets(tmp_path: Path) -> None:
