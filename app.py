@@ -20,10 +20,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import orjson
 from aiohttp import web
 
-from handlers import channels, chat, metrics, openai_api, ops, rooms, streams, websocket
+from handlers import channels, chat, logs, metrics, openai_api, ops, rooms, streams, websocket
 from handlers.keys import (
     CHANNELS,
     CONFIG,
@@ -40,7 +39,6 @@ from streaming.channels import Channels
 from streaming.config import Config, ConfigError, is_demo, load
 from streaming.delivery import Delivery
 from streaming.demo import DemoModel
-from streaming.dialects import timestamp
 from streaming.errors import CannotStart
 from streaming.generations import Generations
 from streaming.metrics import Metrics
@@ -101,7 +99,12 @@ def _bridge(app: web.Application) -> RedisBridge | None:
         return None
     from streaming.redis_bridge import RedisBridge  # only who asks for it needs it
 
-    bridge = RedisBridge(app[CONFIG], app[DELIVERY])
+    try:
+        bridge = RedisBridge(app[CONFIG], app[DELIVERY])
+    except ValueError:  # what it says of the URL may be a part of its password
+        raise CannotStart(
+            "redis.url: cannot be read; special characters of a password are written as %XX"
+        ) from None
     _run_with(app, "bridge_unavailable", bridge)
     return bridge
 
@@ -178,25 +181,6 @@ async def _drain(app: web.Application) -> None:
     await app[GENERATIONS].close()
 
 
-class _JSONFormatter(logging.Formatter):
-    """One JSON object a line."""
-
-    _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        extra = {k: v for k, v in vars(record).items() if k not in self._STANDARD}
-        line = {
-            "time": timestamp(int(record.created * 1000)),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "event": record.getMessage(),
-            **extra,
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the server until SIGTERM or SIGINT; the exit status."""
     parser = argparse.ArgumentParser(description="A lean streaming server for AI frontends.")
@@ -216,10 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.check_config:
         print("the configuration is good")
         return 0
-    handler = logging.StreamHandler()
-    handler.setFormatter(_JSONFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request, with its URL
+    logs.start()
     host, workers = config.server.host, config.server.workers
     try:
         listener = (_share if workers > 1 else _listen)(host, config.server.port)

@@ -289,10 +289,10 @@ class Producer(Generation):
                     if not writer.spoken:
                         continue
                     now = loop.time()
-                    if later:
-                        self._metrics.token_gap.observe(now - before)
-                    else:
+                    if not later:
                         self._first(now - self._began)
+                    elif not writer.complete:
+                        self._metrics.token_gap.observe(now - before)
                     before = now
                     if writer.complete:
                         deadline.reschedule(min(now + FINISH_GRACE, last))
