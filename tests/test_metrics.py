@@ -84,12 +84,12 @@ async def test_all_that_is_promised_is_there(counting: Server) -> None:
 
 
 async def test_no_label_is_a_clients_word(counting: Server) -> None:
-    """However many rooms, users, models, paths and methods there are."""
+    """However many rooms, users, models and paths there are."""
     for n in range(3):
         async with joined(counting.url, f"label{n}", f"label{n}"):
             pass
         await whole(counting.url, "/api/v1/generate", f"label{n}")
-        async with ask("LABEL", f"{counting.url}/label{n}?label{n}") as answer:
+        async with ask("PURGE", f"{counting.url}/label{n}?label{n}") as answer:
             assert answer.status == 404
     text = await exposition(counting.url)
     assert "label" not in text.lower()
