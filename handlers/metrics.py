@@ -192,15 +192,17 @@ ROWS = [
 ]
 
 
-def _family(row: Row, app: web.Application) -> Metric:
+_FAMILIES: Mapping[str, Any] = {  # each takes values in a way of its own
+    "counter": CounterMetricFamily,
+    "gauge": GaugeMetricFamily,
+    "histogram": HistogramMetricFamily,
+}
+
+
+def _family(row: Row, app: web.Application) -> Any:
     found = row.read(app)
     values: Mapping[Any, Any] = found if row.labels else {(): found}
-    kinds: Mapping[str, type[Metric]] = {
-        "counter": CounterMetricFamily,
-        "gauge": GaugeMetricFamily,
-        "histogram": HistogramMetricFamily,
-    }
-    family: Any = kinds[row.kind](row.name, row.help, labels=row.labels)  # each adds in its own way
+    family = _FAMILIES[row.kind](row.name, row.help, labels=row.labels)
     for labels, value in values.items():
         labels = labels if isinstance(labels, tuple) else (labels,)
         if isinstance(value, Histogram):

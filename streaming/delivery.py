@@ -290,13 +290,13 @@ class Sink:
     def read(self) -> bytes:
         """One bounded read of every cursor, encoded. Raises FellBehind."""
         merge, metrics = self.encoder.dialect.merge, self.delivery.metrics
-        data = b""
+        said: list[bytes] = []
         for cursor in list(self.cursors.values()):
             events = cursor.read(merge=merge, limit=READ_LIMIT)
-            data += self.encoder.encode(events)
+            said.append(self.encoder.encode(events))
             metrics.encoded += len(events)
             metrics.deliveries += len(events)
-        return data
+        return b"".join(said)
 
     @property
     def behind(self) -> bool:
