@@ -157,8 +157,7 @@ def _models(config: Config, traces: Traces | None) -> Models:
     listed = {}
     for upstream in config.upstreams:
         # One source for all its models: they share its connections.
-        name, at = upstream.name, (upstream.base_url, upstream.api_key)
-        shared = source(name, *at, upstream.models[0])
+        shared = source(upstream.name, upstream.base_url, upstream.api_key, upstream.models[0])
         for name in upstream.models:
             listed[name] = (shared, upstream.fallbacks)
     default = source("default", model.base_url, model.api_key, model.name)
