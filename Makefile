@@ -4,7 +4,7 @@ WORKERS ?= 2
 CODE = app.py handlers streaming tests bench
 BIN = .venv/bin
 
-.PHONY: venv run test soak bench lint format tools clean
+.PHONY: venv run test soak bench lint format docs tools clean
 
 venv: .venv/runtime
 
@@ -41,6 +41,10 @@ lint: .venv/tests
 format: .venv/tests
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+# The tables of docs/operating.md.
+docs: .venv/tests
+	$(BIN)/python -m tests.tables
 
 # Debian packages first: without them there may be no venv.
 tools:

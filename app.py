@@ -20,25 +20,35 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import orjson
 from aiohttp import web
 
-from handlers import channels, chat, openai_api, ops, rooms, streams, websocket
-from handlers.keys import CHANNELS, CONFIG, DELIVERY, GENERATIONS, PRESENCE, ROOMS, STATE, State
+from handlers import channels, chat, logs, metrics, openai_api, ops, rooms, streams, websocket
+from handlers.keys import (
+    CHANNELS,
+    CONFIG,
+    DELIVERY,
+    GENERATIONS,
+    METRICS,
+    PRESENCE,
+    ROOMS,
+    STATE,
+    State,
+)
 from handlers.middleware import doors, name_response
 from streaming.channels import Channels
 from streaming.config import Config, ConfigError, is_demo, load
 from streaming.delivery import Delivery
 from streaming.demo import DemoModel
-from streaming.dialects import timestamp
 from streaming.errors import CannotStart
 from streaming.generations import Generations
+from streaming.metrics import Metrics
 from streaming.models import Models, ModelSource
 from streaming.presence import Presence
 from streaming.rooms import Rooms
 from streaming.upstream import OpenAIUpstream
 
 if TYPE_CHECKING:
+    from handlers.traces import Traces
     from streaming.history import History
     from streaming.redis_bridge import RedisBridge
 
@@ -54,22 +64,28 @@ CUT_WAIT = 2.0  # seconds for cut streams to say their last, then for handlers t
 
 def build(config: Config) -> web.Application:
     """The application, ready to run or to be mounted in another."""
-    app = web.Application(middlewares=[doors], client_max_size=config.limits.body_bytes)
+    app = web.Application(client_max_size=config.limits.body_bytes)
+    traces = _traces()
+    if traces is not None:
+        app.middlewares.append(traces.door)
+        app.on_cleanup.append(traces.close)
+    app.middlewares.append(doors)
     app[CONFIG] = config
     app[STATE] = State()
-    app[DELIVERY] = Delivery(config.delivery)
+    app[METRICS] = counted = Metrics()
+    app[DELIVERY] = Delivery(config.delivery, counted)
     bridge = _bridge(app)
     mirror, kept = None, config.rooms
     if bridge is not None:
         mirror = bridge.mirror
         kept = replace(kept, idle=min(kept.idle, HELD))  # Redis has them
-    app[GENERATIONS] = Generations(config.generation, _models(config), mirror)
+    app[GENERATIONS] = Generations(config.generation, _models(config, traces), mirror, counted)
     keeper = bridge.rooms if bridge is not None else _history(app)
-    app[ROOMS] = Rooms(kept, config.history, keeper)
+    app[ROOMS] = Rooms(kept, config.history, keeper, counted)
     app[PRESENCE] = Presence(app[DELIVERY], config.rooms.grace)
     relay = bridge.link if bridge is not None else None
-    app[CHANNELS] = Channels(config.delivery, config.limits, relay)
-    for surface in (chat, openai_api, streams, rooms, websocket, channels, ops):
+    app[CHANNELS] = Channels(config.delivery, config.limits, relay, counted)
+    for surface in (chat, openai_api, streams, rooms, websocket, channels, ops, metrics):
         app.add_routes(surface.routes())
     app.on_response_prepare.append(name_response)
     app.on_shutdown.append(_drain)
@@ -83,7 +99,12 @@ def _bridge(app: web.Application) -> RedisBridge | None:
         return None
     from streaming.redis_bridge import RedisBridge  # only who asks for it needs it
 
-    bridge = RedisBridge(app[CONFIG], app[DELIVERY])
+    try:
+        bridge = RedisBridge(app[CONFIG], app[DELIVERY])
+    except ValueError:  # what it says of the URL may be a part of its password
+        raise CannotStart(
+            "redis.url: cannot be read; special characters of a password are written as %XX"
+        ) from None
     _run_with(app, "bridge_unavailable", bridge)
     return bridge
 
@@ -111,21 +132,36 @@ def _run_with(app: web.Application, code: str, part: RedisBridge | History) -> N
     app.cleanup_ctx.append(context)
 
 
-def _models(config: Config) -> Models:
+def _traces() -> Traces | None:
+    asks = "OTEL_TRACES_EXPORTER", "OTEL_EXPORTER_OTLP_ENDPOINT"
+    if next(filter(None, map(os.environ.get, asks)), "none") == "none":
+        return None
+    try:
+        from handlers.traces import Traces  # only who asks for it needs it
+
+        return Traces()
+    except ImportError as error:
+        logger.warning("there are no traces", extra={"reason": str(error)})
+        return None
+
+
+def _models(config: Config, traces: Traces | None) -> Models:
     model, demo = config.model, DemoModel(config.demo.max_rate, config.demo.max_tokens)
 
-    def source(base_url: str, api_key: str, name: str) -> ModelSource:
-        if not base_url and is_demo(name):
-            return demo
-        return OpenAIUpstream(base_url, api_key, config.generation.connect_timeout)
+    def source(name: str, base_url: str, api_key: str, model: str) -> ModelSource:
+        found: ModelSource = demo
+        if base_url or not is_demo(model):
+            found = OpenAIUpstream(name, base_url, api_key, config.generation.connect_timeout)
+        return found if traces is None else traces.source(found)
 
     listed = {}
     for upstream in config.upstreams:
         # One source for all its models: they share its connections.
-        shared = source(upstream.base_url, upstream.api_key, upstream.models[0])
+        shared = source(upstream.name, upstream.base_url, upstream.api_key, upstream.models[0])
         for name in upstream.models:
             listed[name] = (shared, upstream.fallbacks)
-    return Models(model.name, source(model.base_url, model.api_key, model.name), listed)
+    default = source("default", model.base_url, model.api_key, model.name)
+    return Models(model.name, default, listed)
 
 
 async def _drain(app: web.Application) -> None:
@@ -142,25 +178,6 @@ async def _drain(app: web.Application) -> None:
     await asyncio.gather(app[GENERATIONS].finish(window), app[DELIVERY].drain(window))
     await asyncio.gather(*(d.close(retry=window, patience=CUT_WAIT) for d in deliveries))
     await app[GENERATIONS].close()
-
-
-class _JSONFormatter(logging.Formatter):
-    """One JSON object a line."""
-
-    _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "taskName"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        extra = {k: v for k, v in vars(record).items() if k not in self._STANDARD}
-        line = {
-            "time": timestamp(int(record.created * 1000)),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "event": record.getMessage(),
-            **extra,
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,10 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.check_config:
         print("the configuration is good")
         return 0
-    handler = logging.StreamHandler()
-    handler.setFormatter(_JSONFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request, with its URL
+    logs.start()
     host, workers = config.server.host, config.server.workers
     try:
         listener = (_share if workers > 1 else _listen)(host, config.server.port)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from aiohttp import web
 
-from handlers.keys import CONFIG, DELIVERY, GENERATIONS, USER
+from handlers.keys import CONFIG, DELIVERY, GENERATION, GENERATIONS, METRICS, USER
 from handlers.middleware import error_response, json_response
 from handlers.reading import framing, last_event_id
 from streaming.delivery import Delivery, Draining, Place, TooSlow
@@ -56,6 +56,7 @@ async def stream(
     A client that goes away cancels this and nothing else: the generation runs on. A stream that did
     not finish is cut where its encoding has no word for that.
     """
+    request[GENERATION] = generation
     with generation:
         if encoder.dialect.holds:
             await _hold(request, generation)
@@ -90,6 +91,7 @@ async def deliver(
             else:
                 await sink.end(last)
     except (TooSlow, FellBehind):
+        sink.delivery.metrics.too_slow += 1
         sink.transport.abort()
     except ConnectionError:
         pass  # the client went first
@@ -117,6 +119,7 @@ async def whole(
     """Waits for the end and answers in one piece. A failure has its own status, never 200; a
     cancelled generation gives 409 with the text so far.
     """
+    request[GENERATION] = generation
     with generation:
         await generation.ended()
     headers = headers_of(generation)
@@ -180,6 +183,10 @@ async def resume(
     place = await place_of(generation, position)
     if place is None:
         raise gone
+    if place.opening:
+        request.app[METRICS].gaps += 1
+    else:
+        request.app[METRICS].recoveries += 1
     return await attach(request, generation, choose_encoder(request, dialect, default), place)
 
 

@@ -9,7 +9,9 @@ from aiohttp import web
 from streaming.channels import Channels
 from streaming.config import Config
 from streaming.delivery import Delivery
+from streaming.generation import Generation
 from streaming.generations import Generations
+from streaming.metrics import Metrics
 from streaming.presence import Presence
 from streaming.rooms import Rooms
 
@@ -35,9 +37,11 @@ CHANNELS = web.AppKey("channels", Channels)
 CONFIG = web.AppKey("config", Config)
 DELIVERY = web.AppKey("delivery", Delivery)
 GENERATIONS = web.AppKey("generations", Generations)
+METRICS = web.AppKey("metrics", Metrics)
 PRESENCE = web.AppKey("presence", Presence)
 ROOMS = web.AppKey("rooms", Rooms)
 STATE = web.AppKey("state", State)
 
+GENERATION = web.RequestKey("generation", Generation)  # that it is answered with
 REQUEST_ID = web.RequestKey("request_id", str)
 USER = web.RequestKey("user", str)

@@ -12,10 +12,11 @@ from collections.abc import Awaitable, Callable, Mapping
 import orjson
 from aiohttp import web
 
-from handlers.keys import CONFIG, REQUEST_ID, STATE, USER
+from handlers.keys import CONFIG, GENERATION, METRICS, REQUEST_ID, STATE, USER
 from handlers.reading import check_query, last_event_id
 from streaming.dialects import openai_error
 from streaming.errors import BadRequest, RivuletError, TooLarge
+from streaming.metrics import SLOW
 
 access = logging.getLogger("rivulet.access")
 logger = logging.getLogger("rivulet.handlers")
@@ -40,29 +41,47 @@ async def doors(request: web.Request, handler: Handler) -> web.StreamResponse:
     given = request.headers.get("X-Request-Id", "")
     request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
     started = time.monotonic()
-    status = 499  # the client went first
+    response: web.StreamResponse | None = None
     try:
         try:
             request[USER] = _user(request)
             response = await handler(request)
         except Exception as error:
             response = _refusal(request, error)
-        status = response.status
         if request.app[STATE].draining:
             response.force_close()  # a stream from before: no request may follow it here
         return response
     finally:
-        if request.app[CONFIG].server.access_log:
-            access.info(
-                "request",
-                extra={
-                    "request_id": request[REQUEST_ID],
-                    "method": request.method,
-                    "path": request.path,  # never the query: it may carry secrets
-                    "status": status,
-                    "seconds": round(time.monotonic() - started, 4),
-                },
-            )
+        _account(request, response, time.monotonic() - started)
+
+
+def _account(request: web.Request, response: web.StreamResponse | None, seconds: float) -> None:
+    """Counts a request that is over, and says what it was; one that was slow in a warning. Of a
+    stream its first token counts, of which its generation tells.
+    """
+    app, resource = request.app, request.match_info.route.resource
+    status = 499 if response is None else response.status  # the client went first
+    slow = False
+    app[METRICS].requests[resource.canonical if resource is not None else "", str(status)] += 1
+    if isinstance(response, web.Response):
+        app[METRICS].request_seconds.observe(seconds)
+        slow = seconds > SLOW
+    if not slow and not app[CONFIG].server.access_log:
+        return
+    line = {
+        "request_id": request[REQUEST_ID],
+        "method": request.method,
+        "path": request.path,  # never the query: it may carry secrets
+        "status": status,
+        "seconds": round(seconds, 4),
+    }
+    if USER in request:
+        line["user"] = request[USER]
+    if (generation := request.get(GENERATION)) is not None:
+        line["stream_id"] = generation.id
+        if generation.first_token is not None:
+            line["first_token"] = round(generation.first_token, 4)
+    access.log(logging.WARNING if slow else logging.INFO, "request", extra=line)
 
 
 def _user(request: web.Request) -> str:

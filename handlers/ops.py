@@ -26,12 +26,15 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def ready(request: web.Request) -> web.Response:
-    """GET /ready: 200, or 503 when no new client should come here."""
+    """GET /ready: 200, or 503 when no new client should come here: `status` says why, and where
+    there is more than one reason `also` has the others.
+    """
     state = request.app[STATE]
     wrong = ["draining"] if state.draining else []
     wrong += [why for why, need in state.needs.items() if not need.ready]
     if wrong:
-        return json_response({"status": wrong[0]}, 503, {**_NO_STORE, "Retry-After": "1"})
+        body = {"status": wrong[0], **({"also": wrong[1:]} if wrong[1:] else {})}
+        return json_response(body, 503, {**_NO_STORE, "Retry-After": "1"})
     return json_response({"status": "ready"}, headers=_NO_STORE)
 
 

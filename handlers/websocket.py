@@ -24,6 +24,7 @@ from streaming.events import JSON
 from streaming.rooms import Room
 from streaming.sockets import LINGER, SocketSink, open_socket
 
+access = logging.getLogger("rivulet.access")
 logger = logging.getLogger("rivulet.websocket")
 
 ROOMS_MOST = 1000  # on one socket
@@ -62,8 +63,11 @@ class Connection:
             self.sink.send(frame)
         self.sink.follow(cursor)
 
-    def gone(self) -> None:
-        """The socket is closed."""
+    def gone(self, code: int, seconds: float) -> None:
+        """The socket is closed; its handshake's line has the same request id, and its path."""
+        if self._app[CONFIG].server.access_log:
+            line = {"request_id": self._request_id, "code": int(code), "seconds": round(seconds, 4)}
+            access.info("socket closed", extra=line)
         for room in self._rooms.values():
             self._app[PRESENCE].leave(room, self._user)
         self._rooms.clear()

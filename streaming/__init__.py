@@ -2,7 +2,7 @@
 
 Floors, lowest first; a module imports only from lower floors (tests/test_floors.py holds it so):
 
-    0  config errors
+    0  config errors metrics
     1  clock events markup models publisher
     2  decoder demo dialects log
     3  encoders frames history_file rooms upstream writer

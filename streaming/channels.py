@@ -24,6 +24,7 @@ from streaming.dialects import Dialect, timestamp
 from streaming.errors import RivuletError, Unavailable
 from streaming.events import JSON, Event
 from streaming.log import Cursor, Log
+from streaming.metrics import Metrics
 
 logger = logging.getLogger("rivulet.channels")
 
@@ -56,8 +57,14 @@ class _Channel:
 class Channels:
     """The channels that somebody reads here, by user and name."""
 
-    def __init__(self, config: DeliveryConfig, limits: Limits, relay: Relay | None = None) -> None:
-        self.delivery = Delivery(replace(config, heartbeat=HEARTBEAT))
+    def __init__(
+        self,
+        config: DeliveryConfig,
+        limits: Limits,
+        relay: Relay | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.delivery = Delivery(replace(config, heartbeat=HEARTBEAT), metrics)
         self._relay = relay
         self._most = limits.streams_per_user
         self._channels: dict[tuple[str, str], _Channel] = {}

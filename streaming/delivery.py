@@ -18,7 +18,7 @@ import socket
 import sys
 import termios
 import time
-from collections.abc import Coroutine, Hashable
+from collections.abc import Coroutine, Hashable, Iterator
 from typing import Any, Protocol
 
 from aiohttp.base_protocol import BaseProtocol
@@ -29,6 +29,7 @@ from streaming.config import Delivery as DeliveryConfig
 from streaming.encoders import Encoder
 from streaming.events import Event
 from streaming.log import FellBehind, Log, now_ms
+from streaming.metrics import Metrics
 
 READ_LIMIT = 256 * 1024  # bytes of text in one read of a sink that catches up: its share of memory
 DEAD = 120.0  # seconds until a machine that acknowledges nothing is given up by the kernel
@@ -67,24 +68,31 @@ class Place(Protocol):
 class Delivery:
     """What all sinks share: the feeds, the heartbeats, the end."""
 
-    def __init__(self, config: DeliveryConfig) -> None:
+    def __init__(self, config: DeliveryConfig, metrics: Metrics | None = None) -> None:
         self.config = config
+        self.metrics = metrics or Metrics()
         self.silence = Wheel(config.heartbeat)  # of feeds, touched when they write
         self.pings = Wheel(config.heartbeat / 2)  # of sockets
-        self._sinks: set[Sink] = set()
+        self._sinks: dict[Sink, float] = {}  # and when it began
         self._idle = asyncio.Event()  # no sink is there
         self._feeds: dict[Hashable, Feed] = {}
 
+    def __iter__(self) -> Iterator[Sink]:
+        """The connections that are open."""
+        return iter(self._sinks)
+
     def enter(self, sink: Sink) -> None:
         """A connection begins."""
-        self._sinks.add(sink)
+        self._sinks[sink] = time.monotonic()
         self._idle.clear()
 
-    def leave(self, sink: Sink) -> None:
-        """A connection is over."""
-        self._sinks.discard(sink)
+    def leave(self, sink: Sink) -> float:
+        """A connection is over; the seconds that it has lasted."""
+        seconds = time.monotonic() - self._sinks.pop(sink)
+        self.metrics.connection_seconds[sink.encoder.framing.name].observe(seconds)
         if not self._sinks:
             self._idle.set()
+        return seconds
 
     def feed(self, cursor: Place) -> Feed:
         """The feed of what this cursor reads; a new one stands where the cursor does."""
@@ -200,6 +208,8 @@ class Feed:
             if not encoder.dialect.merge:
                 events = start.copy().read(merge=False)
             _write_all(sinks, encoder.encode(events), chunked, lagging)
+            self._delivery.metrics.encoded += len(events)
+            self._delivery.metrics.deliveries += len(events) * len(sinks)
         ended = self._delivery.silence.touch(self)
         self._put_out(lagging)
         # Writing to a thousand takes milliseconds, and a write of four events hardly more than a
@@ -214,6 +224,8 @@ class Feed:
         lagging: list[Sink] = []
         for (encoder, chunked), sinks in self._groups.items():
             _write_all(sinks, encoder.encode([event]), chunked, lagging)
+            self._delivery.metrics.encoded += 1
+            self._delivery.metrics.deliveries += len(sinks)
         self._put_out(lagging)
 
     def beat(self) -> None:
@@ -309,11 +321,14 @@ class Sink:
 
     def read(self) -> bytes:
         """One bounded read of every cursor, encoded. Raises FellBehind."""
-        merge = self.encoder.dialect.merge
-        return b"".join(
-            self.encoder.encode(cursor.read(merge=merge, limit=READ_LIMIT))
-            for cursor in list(self.cursors.values())
-        )
+        merge, metrics = self.encoder.dialect.merge, self.delivery.metrics
+        said: list[bytes] = []
+        for cursor in list(self.cursors.values()):
+            events = cursor.read(merge=merge, limit=READ_LIMIT)
+            said.append(self.encoder.encode(events))
+            metrics.encoded += len(events)
+            metrics.deliveries += len(events)
+        return b"".join(said)
 
     @property
     def behind(self) -> bool:

@@ -103,6 +103,8 @@ class DemoModel:
     cut, finish reason `length`, as it is by the request's own `max_tokens`.
     """
 
+    name = "demo"
+
     def __init__(self, max_rate: float = 1000.0, max_tokens: int = 20_000) -> None:
         if not 0 < max_rate < float("inf") or max_tokens < 1:
             raise ValueError("max_rate and max_tokens must be above 0, and finite")

@@ -62,6 +62,7 @@ class Generation:
 
     mirrored = False
     hole: int | None = None
+    first_token: float | None = None  # seconds until it came, where it is made here
 
     def __init__(self, owner: str, log: Log, dialect: Dialect | None = None) -> None:
         self.id = log.epoch

@@ -11,6 +11,7 @@ from streaming import config
 from streaming.clock import FlushClock
 from streaming.errors import InvalidField, Unavailable
 from streaming.generation import Ask, Generation, Key
+from streaming.metrics import Metrics
 from streaming.models import Models
 from streaming.producer import Producer
 
@@ -34,9 +35,14 @@ class Generations:
     """The registry: starts them, finds them, and forgets them."""
 
     def __init__(
-        self, cfg: config.Generation, models: Models, mirror: Mirror | None = None
+        self,
+        cfg: config.Generation,
+        models: Models,
+        mirror: Mirror | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.models = models
+        self._metrics = metrics or Metrics()
         self._mirror = mirror
         self._config = cfg
         self._clock = FlushClock(cfg.flush_interval)
@@ -64,7 +70,8 @@ class Generations:
         self._sweep()
         if len(self._running) >= self._config.max_running:
             raise Unavailable("too many answers are running", code="overloaded", retry_after=5)
-        generation = Producer(ask, self.models, self._clock, self._config, self._ended)
+        shared = self.models, self._clock, self._config, self._metrics
+        generation = Producer(ask, *shared, self._ended)
         self._held[generation.id] = self._running[generation.id] = generation
         if ask.key is not None:
             self._keys[ask.key.scope, ask.key.key] = generation

@@ -32,15 +32,20 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModelCall:
-    """One question to a model. `params` are the request's other fields, passed on untouched."""
+    """One question to a model. `params` are the request's other fields, passed on untouched;
+    headers: to be sent to the upstream besides its own, a trace's say.
+    """
 
     model: str
     messages: Sequence[Mapping[str, Any]]
     params: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class ModelSource(Protocol):
-    """Where model output comes from."""
+    """Where model output comes from. name: what the operator calls it."""
+
+    name: str
 
     def stream(self, call: ModelCall) -> AsyncGenerator[list[Piece], None]:
         """The answer in batches (never empty): what one read of the source gave, adjacent text of

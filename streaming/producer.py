@@ -23,6 +23,7 @@ from streaming.errors import RivuletError, Unavailable, UpstreamError
 from streaming.events import JSON, new_epoch
 from streaming.generation import Ask, Generation
 from streaming.log import Log, now_ms
+from streaming.metrics import SLOW, Metrics
 from streaming.models import ModelCall, Models, Route
 from streaming.rooms import Room
 from streaming.writer import Writer
@@ -44,6 +45,7 @@ class Producer(Generation):
         models: Models,
         clock: FlushClock,
         cfg: config.Generation,
+        metrics: Metrics,
         on_end: Callable[[Producer], None],
     ) -> None:
         id = new_epoch()
@@ -57,6 +59,8 @@ class Producer(Generation):
         super().__init__(ask.owner, Log(origin, epoch=id), ask.dialect)
         self.ask = ask
         self.read_elsewhere = -math.inf  # when it last was, as time.monotonic() has it
+        self._began = asyncio.get_running_loop().time()
+        self._metrics = metrics
         self._models = models
         self._on_end = on_end
         self._clock = clock
@@ -167,6 +171,7 @@ class Producer(Generation):
         self._writer.close_parts()
         usage = self._writer.usage(self.ask.call.messages)
         data = {**data, "usage": usage, "model": self.log.origin["model"]}
+        self._account(type, data)
         if self._ends_at:
             self.log.skip(self._ends_at - 1)
         self.ending = self.log.append(type, data)
@@ -177,6 +182,31 @@ class Producer(Generation):
             told = {"stream_id": self.id, "user_id": self.owner, "content": self.text(), **data}
             self.ask.room.keeper.conclude(self.ask.room, type, told)
         self._on_end(self)
+
+    def _account(self, type: str, data: JSON) -> None:
+        """Counts it, just before its ending is in the log, and says what an operator is to know."""
+        metrics, usage = self._metrics, data["usage"]
+        metrics.endings[type] += 1
+        metrics.generated += self.log.top + 1
+        metrics.prompt_tokens += usage["prompt_tokens"]
+        metrics.completion_tokens += usage["completion_tokens"]
+        seconds = asyncio.get_running_loop().time() - self._began
+        if type == "failed":
+            status = data.get("upstream_status")  # never the message: the upstream chose its words
+            self._warn("generation failed", seconds, code=data["error"]["code"], status=status)
+        elif self.first_token is None and seconds > SLOW:
+            self._warn("no token came", seconds)
+
+    def _first(self, seconds: float) -> None:
+        """Its first token has come."""
+        self.first_token = seconds
+        self._metrics.first_token.observe(seconds)
+        if seconds > SLOW:
+            self._warn("first token was late", seconds)
+
+    def _warn(self, event: str, seconds: float, **more: object) -> None:
+        whose = {"stream_id": self.id, "request_id": self.ask.request_id}
+        logger.warning(event, extra={**whose, "seconds": round(seconds, 4), **more})
 
     def _fail(self, error: RivuletError) -> None:
         data = {"error": error.body(self.ask.request_id), "status": error.status}
@@ -212,13 +242,16 @@ class Producer(Generation):
         a token has come. Raises UpstreamError: the last attempt's, or total_timeout.
         """
         failure: UpstreamError | None = None
+        metrics = self._metrics
         last = asyncio.get_running_loop().time() + self._config.total_timeout
         for route in self._models.routes(self.ask.call.model):
             for attempt in range(self._config.retries + 1):
+                metrics.retries += failure is not None
                 try:
                     return await self._attempt(route, last)
                 except UpstreamError as error:
                     failure = error
+                    metrics.upstream_errors[route.source.name, error.code] += 1
                 if self._writer.spoken or failure.upstream_status in (400, 413, 422):
                     raise failure  # said already; or asked wrongly, which no other model mends
                 wait = failure.retry_after or 0.0
@@ -245,7 +278,7 @@ class Producer(Generation):
         loop = asyncio.get_running_loop()
         call = replace(self.ask.call, model=route.model)
         self.log.origin = {**self.log.origin, "model": route.model}
-        extended = 0.0
+        extended = before = 0.0
         deadline = asyncio.timeout_at(min(loop.time() + cfg.first_token_timeout, last))
         try:
             async with deadline, aclosing(route.source.stream(call)) as batches:
@@ -256,6 +289,11 @@ class Producer(Generation):
                     if not writer.spoken:
                         continue
                     now = loop.time()
+                    if not later:
+                        self._first(now - self._began)
+                    elif not writer.complete:
+                        self._metrics.token_gap.observe(now - before)
+                    before = now
                     if writer.complete:
                         deadline.reschedule(min(now + FINISH_GRACE, last))
                     elif now > extended:

@@ -21,6 +21,7 @@ from streaming.dialects import ENDINGS, is_text
 from streaming.errors import InvalidField, Unavailable
 from streaming.events import JSON, Event, Position
 from streaming.log import Cursor, FellBehind, Gap, Log, now_ms
+from streaming.metrics import Metrics
 
 KEYS = 1000  # idempotency keys that a room remembers
 SNAPSHOT = 256 * 1024  # characters of messages that a newcomer is told: a crowd comes at once
@@ -80,10 +81,16 @@ class Room:
     """
 
     def __init__(
-        self, name: str, config: RoomsConfig, messages: int, keeper: Keeper | None = None
+        self,
+        name: str,
+        config: RoomsConfig,
+        messages: int,
+        keeper: Keeper | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self.name = name
         self.keeper = keeper or Keeper()
+        self._metrics = metrics or Metrics()
         self.log = self._begin(config)
         self._config = config
         self.messages: deque[Event] = deque(maxlen=messages)  # what was said, by whomever
@@ -117,6 +124,7 @@ class Room:
     def append(self, type: str, data: JSON, time_ms: int | None = None) -> Event:
         """Adds an event and folds it into the projections. time_ms: see Log.append."""
         event = self.log.append(type, data, time_ms)
+        self._metrics.published += 1
         if type == "started":
             stream_id = data["stream_id"]
             log = self.starting.pop(stream_id, None) or self.keeper.running(self, stream_id)
@@ -188,6 +196,8 @@ class Room:
         to be current; before it `gap` where the position `after` cannot be honoured.
         """
         cursor, gap = self.log.cursor(after)
+        self._metrics.gaps += gap is not None
+        self._metrics.recoveries += after is not None and gap is None
         opening = [] if gap is None else [self._gap(gap)]
         active, places = [], {}
         for stream_id, log in self.running.items():
@@ -304,8 +314,15 @@ class Rooms:
     `idle` seconds goes; where there are too many, the one that was used longest ago.
     """
 
-    def __init__(self, config: RoomsConfig, history: History, keeper: Keeper | None = None) -> None:
+    def __init__(
+        self,
+        config: RoomsConfig,
+        history: History,
+        keeper: Keeper | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
         self.keeper = keeper or Keeper()
+        self._metrics = metrics or Metrics()
         self._config = config
         self._messages = history.messages
         self._rooms: OrderedDict[str, Room] = OrderedDict()  # least recently used first
@@ -364,7 +381,7 @@ class Rooms:
                 self.sweep(len(self._rooms))
             if self._full:
                 raise Unavailable("too many rooms are in use", code="overloaded", retry_after=5)
-            room = Room(name, self._config, self._messages, self.keeper)
+            room = Room(name, self._config, self._messages, self.keeper, self._metrics)
             self._rooms[name] = room
         room.used = time.monotonic()
         self._rooms.move_to_end(name)

@@ -46,7 +46,7 @@ class Listener(Protocol):
     """Who hears what the client of a socket says."""
 
     async def take(self, said: str | bytes) -> None: ...
-    def gone(self) -> None: ...
+    def gone(self, code: int, seconds: float) -> None: ...
 
 
 class SocketSink(Sink):
@@ -64,6 +64,7 @@ class SocketSink(Sink):
     ) -> None:
         super().__init__(delivery, transport, protocol, encoder, chunked=False)
         self.listener: Listener | None = None
+        self._code = 0  # that either side has closed it with, whichever was first
         self._inbox = protocol.inbox
         self._listening: asyncio.Task[None] | None = None
         self._catching_up: asyncio.Task[None] | None = None
@@ -212,6 +213,7 @@ class SocketSink(Sink):
 
     async def _hear(self, said: Said) -> None:
         if said.type is WSMsgType.CLOSE:
+            self._code = self._code or said.data or WSCloseCode.OK
             # 1006 must not be sent (RFC 6455, section 7.4.1), and aiohttp takes it.
             wrong = said.data == WSCloseCode.ABNORMAL_CLOSURE
             self.close(WSCloseCode.PROTOCOL_ERROR if wrong else WSCloseCode.OK)
@@ -226,6 +228,9 @@ class SocketSink(Sink):
     def close(self, code: int, reason: str = "", wait: float = CLOSE_WAIT) -> None:
         """Says goodbye with a code; a client that has not answered in `wait` seconds is cut."""
         if self._closing is None:
+            self._code = self._code or code
+            if code == TOO_SLOW:
+                self.delivery.metrics.too_slow += 1
             self.leave()
             self.write(text_frame(code.to_bytes(2) + reason.encode(), CLOSE))
             self._closing = asyncio.get_running_loop().call_later(wait, self.transport.abort)
@@ -235,12 +240,12 @@ class SocketSink(Sink):
         self.leave()
         self.cursors.clear()
         self.delivery.pings.drop(self)
-        self.delivery.leave(self)
+        seconds = self.delivery.leave(self)
         for each in (self._listening, self._catching_up, self._leaving, self._closing):
             if each is not None:
                 each.cancel()
         if self.listener is not None:
-            self.listener.gone()
+            self.listener.gone(self._code or WSCloseCode.ABNORMAL_CLOSURE, seconds)
             self.listener = None  # not to be a cycle, for the collector to find
 
 

@@ -34,11 +34,12 @@ KEEPALIVE = 60.0  # seconds that an idle connection is kept: a TLS handshake spa
 class OpenAIUpstream:
     """One upstream, one pool of connections, any number of calls at once.
 
-    base_url: ends in `/v1` as OpenAI's does; "" is OpenAI itself. connect_timeout in seconds; the
-    waits after it are the generation's to limit.
+    name: see ModelSource. base_url: ends in `/v1` as OpenAI's does; "" is OpenAI itself.
+    connect_timeout in seconds; the waits after it are the generation's to limit.
     """
 
-    def __init__(self, base_url: str, api_key: str, connect_timeout: float) -> None:
+    def __init__(self, name: str, base_url: str, api_key: str, connect_timeout: float) -> None:
+        self.name = name
         sdk = openai.AsyncOpenAI(
             base_url=base_url or "https://api.openai.com/v1",
             # An upstream without keys gets a word in its place: the SDK insists on one.
@@ -69,7 +70,7 @@ class OpenAIUpstream:
         """See ModelSource.stream."""
         try:
             response = await self._session().post(
-                self._url, data=_request(call), allow_redirects=False
+                self._url, data=_request(call), headers=call.headers, allow_redirects=False
             )
         except aiohttp.ConnectionTimeoutError as error:
             late = "the model's server could not be reached in time"

@@ -382,7 +382,7 @@ METHODS = {
     "/api/chat/stream": {"POST"}, "/v1/chat/completions": {"POST"}, "/v1/models": {"GET"},
     "/v1/models/up:": {"GET"}, "/api/v1/streams/x": {"GET"}, "/api/v1/streams/x/events": {"GET"},
     "/api/v1/streams/x/stop": {"POST"}, "/api/stream": {"GET"}, "/api/heartbeat": {"GET", "POST"},
-    "/health": {"GET"}, "/ready": {"GET"},
+    "/health": {"GET"}, "/ready": {"GET"}, "/metrics": {"GET"},
 }  # fmt: skip
 
 

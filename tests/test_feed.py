@@ -41,10 +41,11 @@ class Protocol:
     writing_paused = False
 
 
-def live(log: Log, transport: Slow) -> Sink:
+def live(log: Log, transport: Slow, shared: Delivery | None = None) -> Sink:
     """A sink that is live on this log."""
     protocol = cast(BaseProtocol, Protocol())
-    sink = Sink(Delivery(Config()), transport, protocol, encoder(NATIVE, NDJSON), False)
+    shared = shared or Delivery(Config())
+    sink = Sink(shared, transport, protocol, encoder(NATIVE, NDJSON), False)
     sink.cursors[log] = Cursor(log, log.top)
     sink.join()
     return sink
