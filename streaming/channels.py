@@ -21,7 +21,7 @@ from streaming.config import Delivery as DeliveryConfig
 from streaming.config import Limits
 from streaming.delivery import Delivery
 from streaming.dialects import Dialect, timestamp
-from streaming.errors import RivuletError, Unavailable
+from streaming.errors import TooMany, Unavailable
 from streaming.events import JSON, Event
 from streaming.log import Cursor, Log
 from streaming.metrics import Metrics
@@ -72,12 +72,12 @@ class Channels:
 
     @asynccontextmanager
     async def reading(self, user: str, name: str) -> AsyncIterator[Cursor]:
-        """A cursor from now, as long as this is open. Raises RivuletError (429) where the user has
-        too many streams; an open one is never closed for a new one.
+        """A cursor from now, as long as this is open. Raises TooMany where the user has too many
+        streams; an open one is never closed for a new one.
         """
         if self._streams.get(user, 0) >= self._most:
             message = f"a user may have {self._most} streams open"
-            raise RivuletError(message, status=429, code="too_many_streams", retry_after=RETRY)
+            raise TooMany(message, code="too_many_streams", retry_after=RETRY)
         channel = self._channels.setdefault((user, name), _Channel())
         channel.readers += 1
         self._streams[user] = self._streams.get(user, 0) + 1

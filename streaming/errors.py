@@ -2,11 +2,14 @@
 
 RivuletError                 500  internal
 ├── BadRequest               400  bad_request        the body or the query cannot be read at all
+├── Unauthorized             401  unauthorized       or as given: which token or ticket, why
+├── Forbidden                403  forbidden          known, and not allowed to
 ├── InvalidField             422  invalid_field      one field is wrong; `param` names it
 ├── TooLarge                 413  too_large
 ├── NotFound                 404  not_found          also what is somebody else's
 ├── Gone                     410  gone               a position that cannot be resumed
 ├── Conflict                 409  as given
+├── TooMany                  429  rate_limited       as given, with Retry-After
 ├── Unavailable              503  as given, with Retry-After
 └── UpstreamError            4xx, 502, 504           the model call failed; see UPSTREAM
 """
@@ -62,6 +65,16 @@ class BadRequest(RivuletError):
     code = "bad_request"
 
 
+class Unauthorized(RivuletError):
+    status = 401
+    code = "unauthorized"
+
+
+class Forbidden(RivuletError):
+    status = 403
+    code = "forbidden"
+
+
 class InvalidField(RivuletError):
     status = 422
     code = "invalid_field"
@@ -88,6 +101,11 @@ class Gone(RivuletError):
 class Conflict(RivuletError):
     status = 409
     code = "conflict"
+
+
+class TooMany(RivuletError):
+    status = 429
+    code = "rate_limited"
 
 
 class Unavailable(RivuletError):

@@ -17,6 +17,7 @@ from streaming.delivery import Delivery
 from streaming.errors import Unavailable
 from streaming.events import new_epoch
 from streaming.generations import Generations
+from streaming.redis_doors import RedisCounts, RedisStore
 from streaming.redis_link import Link
 from streaming.redis_mirror import RedisMirror
 from streaming.redis_rooms import RedisRooms
@@ -26,8 +27,8 @@ logger = logging.getLogger("rivulet.redis")
 
 
 class RedisBridge:
-    """One instance's part of the whole. `rooms` is a Keeper, `mirror` a Mirror; `join` gives them
-    what they keep, before `start`.
+    """One instance's part of the whole. `rooms` is a Keeper, `mirror` a Mirror, `tickets` a Store,
+    `counts` a Shared; `join` gives the first two what they keep, before `start`.
     """
 
     def __init__(self, cfg: config.Config, delivery: Delivery) -> None:
@@ -37,6 +38,8 @@ class RedisBridge:
         self.link = Link(cfg.redis.url, f"{prefix}instance:{me}", self._restored, self._told)
         self.rooms = RedisRooms(self.link, me, prefix, cfg.rooms, delivery)
         self.mirror = RedisMirror(self.link, me, prefix, cfg.generation, lease)
+        self.tickets = RedisStore(self.link, prefix)
+        self.counts = RedisCounts(self.link, me, prefix)
         self._due = asyncio.Event()
         self._tending: asyncio.Task[None] | None = None
 
@@ -71,6 +74,7 @@ class RedisBridge:
         self._due.set()
         self.rooms.restored()
         self.mirror.restored()
+        self.counts.restored()
 
     def _told(self, message: bytes) -> None:
         self.mirror.heard(orjson.loads(message))
@@ -78,8 +82,12 @@ class RedisBridge:
     async def _tend(self) -> None:
         while True:
             if self.link.up:
+                before = self.mirror.renewed
                 try:
                     await self.mirror.tend()
+                    if self.mirror.renewed - before > self._lease:
+                        self.counts.restored()  # others may have taken this instance for lost
+                    self.counts.tend()
                     self.rooms.rooms.sweep()
                 except Unavailable:
                     pass  # the link says so

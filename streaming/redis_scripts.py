@@ -136,3 +136,24 @@ return false
 
 # Frees an idempotency key. KEYS: the key. ARGV: what it holds if it is ours.
 FREE = Script("if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end")
+
+# Puts a value in another's place. KEYS: the key. ARGV: the other; the value; milliseconds. Returns
+# 1 where the value is there, also by this call's first attempt, else 0.
+SWAP = Script(
+    """
+local held = redis.call('GET', KEYS[1])
+if held ~= ARGV[1] and held ~= ARGV[2] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+return 1
+"""
+)
+
+# Counts one in a window that begins with its first. KEYS: the count. ARGV: the window's
+# milliseconds. Returns the count, and the milliseconds that are left of the window.
+HIT = Script(
+    """
+local count = redis.call('INCR', KEYS[1])
+if count == 1 then redis.call('PEXPIRE', KEYS[1], ARGV[1]) end
+return {count, redis.call('PTTL', KEYS[1])}
+"""
+)

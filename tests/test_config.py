@@ -8,14 +8,16 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, asdict, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from streaming import config
-from streaming.config import Config, ConfigError, Upstream, is_demo, load
+from streaming.auth import digest
+from streaming.config import Config, ConfigError, Key, Upstream, is_demo, is_loopback, load
+from tests.properties import property_test
 
 ROOT = Path(__file__).parent.parent
 SECTIONS = [f.name for f in fields(Config) if f.name != "upstreams"]
@@ -64,7 +66,8 @@ def test_config_toml_says_what_the_code_says() -> None:
             expected += [f"# {f.metadata['help']}", f"{f.name} ="]
     shown = re.sub(r"(?m)^(\w+ =) .*", r"\1", uncommented(text)).splitlines()
     assert shown[shown.index("") :] == expected
-    assert tomllib.loads(text) == {s: asdict(getattr(Config(), s)) for s in SECTIONS}
+    defaults = {s: asdict(getattr(Config(), s)) for s in SECTIONS}
+    assert tomllib.loads(text) == json.loads(json.dumps(defaults))
     assert load(str(ROOT / "config.toml"), {}) == Config()
 
 
@@ -84,7 +87,7 @@ def uncommented(text: str) -> str:
 
 def test_every_key_is_explained_and_every_number_has_its_range() -> None:
     """A number without both bounds would let infinity and NaN through."""
-    for table in [*(type(getattr(Config(), s)) for s in SECTIONS), Upstream]:
+    for table in [*(type(getattr(Config(), s)) for s in SECTIONS), Upstream, Key]:
         for f in fields(table):
             assert f.metadata["help"].endswith(".") and "\n" not in f.metadata["help"]
             if get_type_hints(table)[f.name] in (int, float):
@@ -245,6 +248,14 @@ def test_other_variables_are_none_of_our_business() -> None:
         ("model.api_key", "'sk a'", "must be printable ASCII without spaces"),
         ("model.api_key", "['sk']", "must be a string"),
         ("history.messages", "101", "must be between 1 and 100"),
+        ("server.trusted_proxies", "'10.0.0.1'", "must be a list"),
+        ("auth.mode", "'closed'", 'must be "open" or "token"'),
+        ("auth.keys", "{}", "must be a list"),
+        (
+            "auth.jwt_secret",
+            "'fifteen-letters'",
+            "must have 16 or more characters of ASCII without spaces",
+        ),
     ],
 )
 def test_a_bad_value(file: Path, key: str, value: str, reason: str) -> None:
@@ -386,6 +397,94 @@ def test_demo_names() -> None:
     assert not is_demo("demolition") and not is_demo("")
 
 
+# The doors
+
+
+def test_open_mode_is_for_loopback_unless_asked_for_by_name(file: Path) -> None:
+    """Whoever reaches an open server may do anything there."""
+    for host in ("127.0.0.1", "127.8.0.1", "::1", "localhost"):
+        assert is_loopback(host) and problems(overrides={"server.host": host}) == []
+    for host in ("0.0.0.0", "::", "10.0.0.1", "example.com", "localhost.example.com"):
+        (problem,) = problems(environ={"RIVULET_SERVER__HOST": host})
+        assert problem.startswith("RIVULET_SERVER__HOST: must be loopback while auth.mode is open")
+        text = f'[server]\nhost = "{host}"\n[auth]\nopen_anywhere = true'
+        assert not is_loopback(host) and problems(file, text) == []
+    token = {"RIVULET_AUTH__MODE": "token", "RIVULET_AUTH__JWT_SECRET": SECRET}
+    assert problems(environ={**token, "RIVULET_SERVER__HOST": "0.0.0.0"}) == []
+
+
+def test_token_mode_lets_somebody_in(file: Path) -> None:
+    """By one of its four ways at least."""
+    (problem,) = problems(file, '[auth]\nmode = "token"')
+    assert problem.startswith("auth.mode: token needs keys, keys_file, jwt_secret or jwt_key")
+    for way in ('keys = [{key = "k", user = "ann"}]', 'keys_file = "k"', 'jwt_key = "k"'):
+        assert problems(file, f'[auth]\nmode = "token"\n{way}') == []
+
+
+def test_api_keys_come_from_the_file_or_as_json_from_the_environment(file: Path) -> None:
+    """As they are, or by their digest, with grants in one of two shapes."""
+    hashed = f"sha256:{digest(SECRET).hex()}"
+    file.write_text(f"""[auth]\nkeys = [
+        {{key = "k", user = "ann b"}},
+        {{key = "{hashed}", user = "c", service = true, grants = {{"a*" = ["moderate"]}}}},
+    ]""")
+    ann, c = load(str(file), {}).auth.keys
+    assert (ann.key, ann.user, ann.service, ann.grants) == ("k", "ann b", False, None)
+    assert c.key == hashed and c.service and c.grants is not None
+    assert c.grants.rules == (("a*", ("moderate",)),)
+    keys = json.dumps([{"key": "k", "user": "d", "grants": ["x", "y"]}])
+    (d,) = load(str(file), {"RIVULET_AUTH__KEYS": keys}).auth.keys
+    assert d.grants is not None and [pattern for pattern, _ in d.grants.rules] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ({"user": "ann"}, "RIVULET_AUTH__KEYS[0].key: is missing"),
+        ({"key": "k"}, "RIVULET_AUTH__KEYS[0].user: is missing"),
+        ({"key": "", "user": "a"}, "RIVULET_AUTH__KEYS[0].key: must be printable ASCII"),
+        ({"key": "sha256:12", "user": "a"}, "RIVULET_AUTH__KEYS[0].key: must be printable ASCII"),
+        ({"key": "k", "user": "a" * 257}, "RIVULET_AUTH__KEYS[0].user: must have 1 to 256"),
+        ({"key": "k", "user": "a\n"}, "RIVULET_AUTH__KEYS[0].user: must have no control"),
+        ({"key": "k", "user": "a", "service": 1}, "RIVULET_AUTH__KEYS[0].service: must be true"),
+        ({"key": "k", "user": "a", "grants": "x"}, "RIVULET_AUTH__KEYS[0].grants: must be a list"),
+        (
+            {"key": "k", "user": "a", "grants": {"x": ["see"]}},
+            "RIVULET_AUTH__KEYS[0].grants: must give each pattern a list of subscribe, publish,",
+        ),
+    ],
+)
+def test_what_is_no_api_key(key: dict[str, Any], reason: str) -> None:
+    """A digest with a typing error does not become a key of its own."""
+    (problem,) = problems(environ={"RIVULET_AUTH__KEYS": json.dumps([key])})
+    assert problem.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["https://example.com", "http://localhost:3000", "http://[::1]:80", "tauri://localhost"],
+)
+def test_an_origin(origin: str) -> None:
+    assert load(None, {"RIVULET_CORS__ORIGINS": json.dumps([origin])}).cors.origins == (origin,)
+
+
+@pytest.mark.parametrize("origin", ["*", "null", "", "example.com", "https://a/", "https://A.com"])
+def test_what_is_no_origin(origin: str) -> None:
+    """`*` would let every page act for whoever visits it."""
+    (problem,) = problems(environ={"RIVULET_CORS__ORIGINS": json.dumps([origin])})
+    assert problem.startswith("RIVULET_CORS__ORIGINS[0]: must be as browsers say it")
+
+
+def test_trusted_proxies() -> None:
+    """Addresses and networks, of both kinds."""
+    said = json.dumps(["10.0.0.1", "10.1.2.3/8", "::1"])
+    trusted = load(None, {"RIVULET_SERVER__TRUSTED_PROXIES": said}).server.trusted_proxies
+    assert [str(network) for network in trusted] == ["10.0.0.1/32", "10.0.0.0/8", "::1/128"]
+    for wrong in ("proxy", "10.0.0.0/33", 1, True, None):
+        (problem,) = problems(environ={"RIVULET_SERVER__TRUSTED_PROXIES": json.dumps([wrong])})
+        assert problem.startswith("RIVULET_SERVER__TRUSTED_PROXIES[0]: must be an address or a net")
+
+
 # Secrets
 
 
@@ -394,6 +493,10 @@ def test_keys_do_not_show() -> None:
     upstreams = json.dumps([LOCAL | {"api_key": SECRET}])
     loaded = load(None, {"OPENAI_API_KEY": SECRET, "RIVULET_UPSTREAMS": upstreams})
     assert loaded.model.api_key == loaded.upstreams[0].api_key == SECRET
+    assert SECRET not in repr(loaded)
+    keys = json.dumps([{"key": SECRET, "user": "ann"}])
+    loaded = load(None, {"RIVULET_AUTH__KEYS": keys, "RIVULET_AUTH__JWT_SECRET": SECRET})
+    assert loaded.auth.keys[0].key == loaded.auth.jwt_secret == SECRET
     assert SECRET not in repr(loaded)
 
 
@@ -410,6 +513,12 @@ def test_keys_do_not_show() -> None:
         {"RIVULET_UPSTREAMS": json.dumps([{"api_key": SECRET}])},
         {"RIVULET_UPSTREAMS": f'[{{"api_key": "{SECRET}"'},
         {"RIVULET_UPSTREAMS": json.dumps([LOCAL | {"fallbacks": [SECRET]}])},
+        {"RIVULET_AUTH__JWT_SECRET": SECRET + " "},
+        {"RIVULET_AUTH__KEYS": json.dumps([{"key": SECRET + " ", "user": "ann"}])},
+        {"RIVULET_AUTH__KEYS": json.dumps([{"key": "k", "user": "a", "grants": {SECRET: ["x"]}}])},
+        {"RIVULET_AUTH__KEYS": json.dumps({SECRET: "ann"})},
+        {"RIVULET_AUTH__MODE": SECRET},
+        {"RIVULET_CORS__ORIGINS": json.dumps([SECRET])},
     ],
 )
 def test_a_refusal_repeats_no_value(environ: dict[str, str]) -> None:
@@ -464,13 +573,15 @@ def whole(loaded: Config) -> bool:
     for table in tables:
         for name, kind in get_type_hints(type(table)).items():
             value = getattr(table, name)
-            if type(value) is not kind and kind != tuple[str, ...]:
-                return False
-            if isinstance(value, tuple) and not all(type(item) is str for item in value):
+            if get_origin(kind) is tuple:
+                if not all(isinstance(item, get_args(kind)[0]) for item in value):
+                    return False
+            elif type(value) is not kind:
                 return False
     return True
 
 
+@property_test
 @given(
     document=st.dictionaries(
         NAMES | st.text(), st.dictionaries(NAMES | st.text(), VALUES) | VALUES
@@ -496,6 +607,7 @@ def test_any_file_is_loaded_or_refused(
         assert not any("is not TOML" in problem for problem in error.problems)
 
 
+@property_test
 @given(
     environ=st.dictionaries(
         st.sampled_from([f"RIVULET_{s}__{k}".upper() for s, k in KEYS])

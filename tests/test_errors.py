@@ -12,11 +12,14 @@ from streaming.errors import InvalidField, RivuletError, UpstreamError
 TREE = {
     "RivuletError": ("500", "internal"),
     "BadRequest": ("400", "bad_request"),
+    "Unauthorized": ("401", "unauthorized"),
+    "Forbidden": ("403", "forbidden"),
     "InvalidField": ("422", "invalid_field"),
     "TooLarge": ("413", "too_large"),
     "NotFound": ("404", "not_found"),
     "Gone": ("410", "gone"),
     "Conflict": ("409", "conflict"),
+    "TooMany": ("429", "rate_limited"),
     "Unavailable": ("503", "unavailable"),
 }
 

@@ -1,0 +1,206 @@
+"""Limits: how often a user may ask, how much they and this process may have open.
+
+The total and the connections from one address are this process's own: they protect it, and whoever
+deals out connections among instances spreads them. What a user may have and ask for is counted on
+all instances together, as far as Redis is heard; where it is not, what is counted here decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+from collections import Counter
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from streaming import config
+from streaming.errors import TooMany, Unavailable
+
+T = TypeVar("T")
+
+WINDOW = 60.0  # seconds, from a user's first request in it
+RETRY = 5.0  # seconds until one more may have room
+PATIENCE = 0.5  # seconds that a request waits for what others have counted
+WORDS = {
+    "requests": "requests a minute",
+    "generations": "answers a minute",
+    "connections": "connections",
+    "running": "answers at once",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What is left of a rate. reset: seconds until all of it is there again."""
+
+    limit: int
+    remaining: int
+    reset: float
+
+    def headers(self) -> dict[str, str]:
+        """As an answer tells it."""
+        left = {"Limit": self.limit, "Remaining": self.remaining, "Reset": round(self.reset)}
+        return {f"RateLimit-{name}": str(value) for name, value in left.items()}
+
+
+class Shared(Protocol):
+    """What instances count together, by kind and user."""
+
+    async def hit(self, kind: str, user: str) -> tuple[int, float]:
+        """Counts one; how many are in this window, and seconds to its end. Raises Unavailable."""
+
+    async def elsewhere(self, kind: str, user: str) -> int:
+        """How many other instances have that live. Raises Unavailable."""
+
+    def tell(self, kind: str, user: str, count: int) -> None:
+        """This instance has so many."""
+
+
+class Limits:
+    """All limits but those on the size of things. rates: whether there are any in this mode."""
+
+    def __init__(
+        self, cfg: config.Limits, rates: bool = True, shared: Shared | None = None
+    ) -> None:
+        self._config = cfg
+        self._shared = shared
+        self._most = {
+            "requests": cfg.requests_per_minute if rates else 0,
+            "generations": cfg.generations_per_minute if rates else 0,
+            "connections": cfg.connections_per_user,
+            "running": cfg.running_per_user,
+        }
+        self._windows: dict[tuple[str, str], tuple[int, float]] = {}  # count, end; by end
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._addresses: Counter[str] = Counter()
+        self.connections = 0
+
+    # --- this process
+
+    def enter(self, ip: str) -> None:
+        """A connection from this address comes in. Raises TooMany, Unavailable; those that are
+        there stay.
+        """
+        address, most = _network(ip), self._config.connections_per_ip
+        if 0 < self._config.connections <= self.connections:
+            message = "the server has as many connections as it may"
+            raise Unavailable(message, code="overloaded", retry_after=RETRY)
+        if 0 < most <= self._addresses[address]:
+            message = f"an address may have {most} connections"
+            raise TooMany(message, code="too_many_connections", retry_after=RETRY)
+        self.connections += 1
+        self._addresses[address] += 1
+
+    def leave(self, ip: str) -> None:
+        """It has gone."""
+        self.connections -= 1
+        _less(self._addresses, _network(ip))
+
+    # --- a user
+
+    async def take(self, kind: str, user: str) -> Quota | None:
+        """Counts one of "requests" or "generations"; what is left, or None where there is no limit.
+        Raises TooMany.
+        """
+        most = self._most[kind]
+        if not most:
+            return None
+        count, reset = self._hit(kind, user)
+        if self._shared is not None:
+            count, reset = await _asked(self._shared.hit(kind, user), (count, reset))
+        if count > most:
+            raise TooMany(f"a user may have {most} {WORDS[kind]}", retry_after=reset)
+        return Quota(most, most - count, reset)
+
+    async def acquire(self, kind: str, user: str) -> None:
+        """One more of "connections" or "running", to be released. Raises TooMany; those that are
+        there stay.
+        """
+        most, others = self._most[kind], 0
+        if not most:
+            return
+        if self._shared is not None:
+            others = await _asked(self._shared.elsewhere(kind, user), 0)
+        # Nobody is waited for between this and the count.
+        if self._counts[kind, user] + others >= most:
+            message, code = f"a user may have {most} {WORDS[kind]}", f"too_many_{kind}"
+            raise TooMany(message, code=code, retry_after=RETRY)
+        self._counts[kind, user] += 1
+        self._tell(kind, user)
+
+    def release(self, kind: str, user: str) -> None:
+        """It is over."""
+        if self._most[kind]:
+            _less(self._counts, (kind, user))
+            self._tell(kind, user)
+
+    def _tell(self, kind: str, user: str) -> None:
+        if self._shared is not None:
+            self._shared.tell(kind, user, self._counts[kind, user])
+
+    def _hit(self, kind: str, user: str) -> tuple[int, float]:
+        now = time.monotonic()
+        while self._windows:
+            oldest = next(iter(self._windows))
+            if self._windows[oldest][1] > now:
+                break
+            del self._windows[oldest]
+        count, end = self._windows.get((kind, user), (0, now + WINDOW))
+        self._windows[kind, user] = count + 1, end
+        return count + 1, end - now
+
+
+async def _asked(answer: Awaitable[T], otherwise: T) -> T:
+    """What others say; where they cannot be asked, nobody is refused or kept waiting for that."""
+    try:
+        async with asyncio.timeout(PATIENCE):
+            return await answer
+    except (Unavailable, TimeoutError):
+        return otherwise
+
+
+def _less(counts: Counter[T], name: T) -> None:
+    if counts[name] > 1:
+        counts[name] -= 1
+    else:
+        counts.pop(name, None)
+
+
+def _network(ip: str) -> str:
+    """What one client has of addresses: of IPv6 it is a /64."""
+    try:
+        address = ipaddress.ip_address(ip)
+    except ValueError:
+        return ip
+    if address.version == 4:
+        return ip
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return address.exploded[:19]
+
+
+def client_ip(peer: str, forwarded: str, trusted: Sequence[config.Network]) -> str:
+    """The address of whoever asks. peer: who is connected. forwarded: X-Forwarded-For, all of it.
+
+    Read from its end, as far as each that says something is trusted: the rest anybody may claim.
+    """
+    client = peer
+    for said in reversed(forwarded.split(",") if forwarded else ()):
+        if not _among(client, trusted):
+            break
+        try:
+            client = str(ipaddress.ip_address(said.strip()))
+        except ValueError:
+            break
+    return client
+
+
+def _among(ip: str, networks: Sequence[config.Network]) -> bool:
+    try:
+        address = ipaddress.ip_address(ip)
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if address.version == 6 else None
+    return any((mapped or address) in network for network in networks)
