@@ -73,10 +73,15 @@ class Image:
     healthcheck: tuple[str, ...] = ()
 
     def process(
-        self, command: tuple[str, ...], *, writable: bool = False, volumes: str = "", **env: str
+        self,
+        command: tuple[str, ...],
+        env: Mapping[str, str],
+        *,
+        writable: bool = False,
+        volumes: str = "",
     ) -> tuple[list[str], dict[str, str]]:
-        """The command, and its environment, that runs this one there. volumes: directories that can
-        be written to where all else cannot.
+        """The command, and its environment, that runs this one there. env: besides the image's.
+        volumes: directories that can be written to where all else cannot.
         """
         variables = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **self.env, **env}
         settings = {"ROOT": str(self.root), "USER": self.user, "DIR": self.directory}
@@ -101,9 +106,11 @@ class Image:
         done = subprocess.run([*command, str(self.root)], capture_output=True, check=True)
         return int(done.stdout.split(b"M")[0])
 
-    def run(self, *command: str, writable: bool = False, **env: str) -> int:
+    def run(
+        self, *command: str, env: Mapping[str, str] | None = None, writable: bool = False
+    ) -> int:
         """Runs it to its end: its status."""
-        argv, around = self.process(command, writable=writable, **env)
+        argv, around = self.process(command, env or {}, writable=writable)
         return subprocess.run(argv, env=around, stdin=subprocess.DEVNULL, check=False).returncode
 
 
@@ -140,7 +147,8 @@ def build(base: Image, directory: Path) -> Image:
                 _copy(before.root, root)
                 stages[alias] = replace(before, root=root)
             case "RUN":
-                assert stages[alias].run("/bin/sh", "-c", rest, writable=True, **outside) == 0, rest
+                step = ("/bin/sh", "-c", rest)
+                assert stages[alias].run(*step, env=outside, writable=True) == 0, rest
             case "COPY":
                 taken, to = rest.split()
                 there = stages[alias].root / to.strip("/")

@@ -42,7 +42,7 @@ def image() -> Iterator[Image]:
 def container(image: Image, port: int, **env: str) -> Iterator[tuple[Process, int]]:
     """It runs, on loopback: `unshare`, whose status is its own, and its first process' pid."""
     local = {"RIVULET_SERVER__HOST": "127.0.0.1", "RIVULET_SERVER__PORT": str(port), **env}
-    process = Process(*image.process(image.entrypoint, volumes="/data", **local))
+    process = Process(*image.process(image.entrypoint, local, volumes="/data"))
     process.first(process.stderr, listening)
     first = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
     try:
@@ -79,13 +79,13 @@ async def test_it_serves(image: Image) -> None:
     url, asks = f"http://127.0.0.1:{port}", {"RIVULET_SERVER__PORT": str(port)}
     asks["RIVULET_SERVER__HOST"] = "127.0.0.1"
     assert replace(image, user="0:0").run("touch", "/app/new") != 0
-    assert image.run(*image.healthcheck, **asks) == 1
+    assert image.run(*image.healthcheck, env=asks) == 1
     with container(image, port, RIVULET_HISTORY__PATH="/data/history.db") as (process, first):
         status = status_of(first)
         assert re.search(r"^NSpid:\s+\d+\s+1$", status, re.MULTILINE)
         assert re.search(r"^Uid:(\s+10001){4}$", status, re.MULTILINE)
         assert re.search(r"^CapEff:\s+0+$", status, re.MULTILINE)
-        assert image.run(*image.healthcheck, **asks) == 0
+        assert image.run(*image.healthcheck, env=asks) == 0
         async with asked(url, CHAT, "demo:rate=1000") as answer:
             assert (await see(CHAT, answer)).ending == "finished"
         room = new_room()
@@ -95,7 +95,7 @@ async def test_it_serves(image: Image) -> None:
         async with ask("GET", f"{url}/ready") as answer:
             assert answer.status == 200
         assert not [line for line in process.stderr if "exception" in line or "Trace" in line]
-    assert image.run(*image.healthcheck, **asks) == 1
+    assert image.run(*image.healthcheck, env=asks) == 1
 
 
 async def test_its_first_process_drains(image: Image) -> None:
