@@ -231,10 +231,12 @@ def _write_all(sinks: set[Sink], data: bytes, chunked: bool, lagging: list[Sink]
         data = chunk(data)
     for sink in sinks:
         transport = sink.transport
-        if not transport.is_closing():  # closing: its coroutine is about to be cancelled
+        if not transport.is_closing():
             transport.write(data)
             if sink.protocol.writing_paused:
                 lagging.append(sink)
+        else:  # its coroutine is cancelled, or finds out by this where aiohttp is not told to
+            lagging.append(sink)
 
 
 def chunk(data: bytes) -> bytes:
