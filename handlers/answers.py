@@ -13,7 +13,7 @@ from aiohttp import web
 
 from handlers.keys import CONFIG, DELIVERY, GENERATION, GENERATIONS, METRICS, USER
 from handlers.middleware import error_response, json_response
-from handlers.reading import framing, last_event_id
+from handlers.reading import framing, last_event_id, path_of
 from streaming.delivery import Delivery, Draining, Place, TooSlow
 from streaming.dialects import Dialect
 from streaming.encoders import TEXT, Encoder, Framing, encoder
@@ -138,7 +138,7 @@ def failure_of(request: web.Request, generation: Generation) -> RivuletError:
         return Conflict("Stopped", code="cancelled")
     error, status = ending.data["error"], ending.data["status"]
     upstream = ending.data.get("upstream_status", 0)
-    if request.path.startswith("/v1/") and 400 <= upstream < 500:
+    if path_of(request).startswith("/v1/") and 400 <= upstream < 500:
         status = upstream  # an OpenAI client knows what its server's 401 means
     return RivuletError(
         error["message"],

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from handlers.answers import choose_encoder, resume, stream, whole
 from handlers.keys import CONFIG, GENERATIONS, REQUEST_ID, ROOMS, STATE, USER
-from handlers.reading import Fields, idempotency_key, read_fields
+from handlers.reading import Fields, idempotency_key, path_of, read_fields
 from streaming.dialects import CHAT, CONTENT, CONTENT_WITHOUT_DONE, TOOL, Dialect
 from streaming.encoders import NDJSON, NDJSON_BRACES, SSE, Framing
 from streaming.errors import InvalidField, Unavailable
@@ -186,7 +186,7 @@ def _key(request: web.Request, body: JSON) -> Key | None:
     if not given and not flight:
         return None
     digest = hashlib.sha256(orjson.dumps(body, option=orjson.OPT_SORT_KEYS)).digest()
-    scope = f"{request.method} {request.path} {request[USER]}"
+    scope = f"{request.method} {path_of(request)} {request[USER]}"
     return Key(scope, f"key {given}" if given else digest.hex(), digest, flight)
 
 

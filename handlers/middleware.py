@@ -13,7 +13,7 @@ import orjson
 from aiohttp import web
 
 from handlers.keys import CONFIG, GENERATION, METRICS, REQUEST_ID, STATE, USER
-from handlers.reading import check_query, last_event_id
+from handlers.reading import check_query, last_event_id, path_of
 from streaming.dialects import openai_error
 from streaming.errors import BadRequest, RivuletError, TooLarge
 from streaming.metrics import SLOW
@@ -140,7 +140,7 @@ def error_response(
 ) -> web.Response:
     """The one error body; under `/v1/` with OpenAI's fields. beside: members next to `error`."""
     body = error.body(request[REQUEST_ID])
-    if request.path.startswith("/v1/"):
+    if path_of(request).startswith("/v1/"):
         body = openai_error(body, error.status)
     sent = {name: value for name, value in (headers or {}).items() if value}
     sent["Cache-Control"] = "no-store"
@@ -164,6 +164,7 @@ async def name_response(request: web.Request, response: web.StreamResponse) -> N
     """
     if REQUEST_ID in request:
         response.headers.setdefault("X-Request-Id", request[REQUEST_ID])
-    if request.app[STATE].draining:
+    # Not `request.app`: a middleware of an application around this one may be what answers.
+    if request.match_info.apps[-1][STATE].draining:
         response.force_close()
         response.headers["Connection"] = "close"

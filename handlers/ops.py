@@ -118,7 +118,7 @@ async def _count(log: CountLog, interval: float) -> None:
 def routes() -> list[web.RouteDef]:
     """This surface's routes."""
     return [
-        web.get("/health", health, allow_head=False),
+        web.get("/health", health, allow_head=False, name="health"),
         web.get("/ready", ready, allow_head=False),
         web.get("/api/heartbeat", heartbeat, allow_head=False),
         web.post("/api/heartbeat", heartbeat),

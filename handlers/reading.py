@@ -14,6 +14,7 @@ from urllib.parse import unquote_to_bytes
 import orjson
 from aiohttp import web
 
+from handlers.keys import CONFIG
 from streaming.config import Limits
 from streaming.encoders import FRAMINGS, NDJSON, SSE, TEXT, Framing
 from streaming.errors import BadRequest, InvalidField, TooLarge
@@ -25,6 +26,9 @@ async def read_json(request: web.Request, most: int = 0) -> Any:
     """The body as JSON, whatever the content type says. most: bytes of it, where that is less than
     of any body. Raises BadRequest, TooLarge; aiohttp raises 413.
     """
+    limit = request.app[CONFIG].limits.body_bytes
+    if request.client_max_size != limit:  # an application around this one has a limit of its own
+        request = request.clone(client_max_size=limit)
     try:
         body = await request.read()
     except web.RequestPayloadError:
@@ -54,6 +58,12 @@ async def read_object(request: web.Request, most: int = 0) -> JSON:
     if not isinstance(body, dict):
         raise BadRequest("the body must be a JSON object", param="body")
     return body
+
+
+def path_of(request: web.Request) -> str:
+    """Its path within this application, which may be mounted under a prefix in another."""
+    mounted = request.app.router["health"].canonical
+    return request.path.removeprefix(mounted.removesuffix("/health"))
 
 
 def check_query(request: web.Request) -> None:

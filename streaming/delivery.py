@@ -262,12 +262,14 @@ def _write_all(sinks: dict[Sink, int], data: bytes, chunked: bool, lagging: list
                 continue
             rest = data[sent:]
         transport = sink.transport
-        if not transport.is_closing():  # closing: its coroutine is about to be cancelled
+        if not transport.is_closing():
             transport.write(rest)
             if sink.protocol.writing_paused:
                 lagging.append(sink)
             else:
                 sink.held()
+        else:  # its coroutine is cancelled, or finds out by this where aiohttp is not told to
+            lagging.append(sink)
 
 
 def chunk(data: bytes) -> bytes:

@@ -53,8 +53,8 @@ class ResponseSink(Sink):
         """Delivers everything from the cursor to the end of its source, live once it has caught up.
 
         Returns the last bytes, which are the caller's to end the body with. Raises TooSlow,
-        FellBehind where the log was trimmed past it, Draining. When it returns or raises, or is
-        cancelled, the sink is in no feed and nothing is written to it any more.
+        FellBehind where the log was trimmed past it, Draining, ConnectionError. When it returns or
+        raises, or is cancelled, the sink is in no feed and nothing is written to it any more.
         """
         self.delivery.enter(self)
         lagged = False
@@ -62,6 +62,8 @@ class ResponseSink(Sink):
             while True:
                 if self._draining:
                     raise Draining
+                if self.transport.is_closing():
+                    raise ConnectionResetError
                 data = self.read()
                 (cursor,) = self.cursors.values()
                 if cursor.ended:

@@ -313,8 +313,8 @@ class SocketProtocol(BaseProtocol):
 async def open_socket(
     delivery: Delivery, request: web.Request, most: int, compression: bool
 ) -> tuple[SocketSink, web.StreamResponse]:
-    """Shakes hands and takes the connection from aiohttp: the response is only to be returned, and
-    the handler may wait for nothing more. most: bytes of a frame. Raises BadRequest.
+    """Shakes hands and takes the connection from aiohttp: the response is only to be returned.
+    most: bytes of a frame. Raises BadRequest.
     """
     if not web.WebSocketResponse().can_prepare(request):
         raise BadRequest("this is a WebSocket: ask for an upgrade to version 13")
@@ -341,7 +341,10 @@ async def open_socket(
     served.set_parser(protocol.reader)  # hands over what has come already
     transport.set_protocol(protocol)
     protocol.connection_made(transport)
-    # To aiohttp this is a connection that was lost, but for the transport, which it would close.
+    # To aiohttp this is a connection that was lost, but for the transport, which it would close; as
+    # soon as the handler is over, because it would be cancelled, and with it a middleware around.
     served.transport = None
-    served.connection_lost(None)
+    handling = asyncio.current_task()
+    assert handling is not None
+    handling.add_done_callback(lambda task: served.connection_lost(None))
     return sink, response

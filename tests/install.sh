@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Installs what the tests need beside Python packages: Chromium, nginx, Redis, Node.js and its
-# packages, and on Debian what `python3 -m venv` needs. Does nothing that is done already.
+# Installs what the tests need beside Python packages: Chromium, nginx, Redis, debootstrap, Node.js
+# and its packages, and on Debian what `python3 -m venv` needs. Does nothing that is done already.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 missing=()
 command -v chromium >/dev/null || missing+=(chromium)
 command -v curl >/dev/null || missing+=(curl)
+[[ -x /usr/sbin/debootstrap ]] || missing+=(debootstrap) # for tests/test_image.py
 command -v node >/dev/null || missing+=(nodejs)
 command -v npm >/dev/null || missing+=(npm)
 [[ -x /usr/sbin/nginx ]] || missing+=(nginx)

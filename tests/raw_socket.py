@@ -10,6 +10,7 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from tests.readers import Connection
 
@@ -113,7 +114,7 @@ class RawSocket:
 async def dial(
     url: str, path: str, headers: dict[str, str] | None = None, receive_buffer: int = 0
 ) -> RawSocket:
-    """Opens a WebSocket. receive_buffer as in `Connection.open`."""
+    """Opens a WebSocket, below the path of the URL. receive_buffer as in `Connection.open`."""
     connection = Connection(url)
     await connection.open(receive_buffer)
     asked = {
@@ -123,7 +124,7 @@ async def dial(
         "Sec-WebSocket-Key": base64.b64encode(os.urandom(16)).decode(),
         **(headers or {}),
     }
-    answer = await connection.request("GET", path, headers=asked)
+    answer = await connection.request("GET", urlsplit(url).path + path, headers=asked)
     assert answer.status == 101, answer.status
     return RawSocket(connection, answer.headers)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -15,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from app import build
-from streaming import config
 from streaming.config import Config
 from tests.clients import KINDS, PROMPT, Kind, asked, named, see, start, stop
 from tests.inside import in_process
@@ -271,22 +268,3 @@ async def test_two_applications_share_nothing() -> None:
         path = f"/api/v1/streams/{seen.stream_id}"
         assert (await get(one + path))["state"] == "finished"
         assert (await get(other + path))["error"]["code"] == "not_found"
-
-
-async def test_mounted_under_a_prefix() -> None:
-    """As a part of a larger application it serves under its prefix, streams and errors alike, and
-    goes with it.
-    """
-    house = web.Application()
-    house.add_subapp("/ai/", build(Config(server=config.Server(drain=0.1))))
-    async with in_process(house) as url:
-        assert await get(f"{url}/ai/health") == {"status": "healthy"}
-        for kind in KINDS:
-            seen = await start(f"{url}/ai", kind, "demo:rate=1000")
-            assert (seen.ending, seen.ended) == ("finished", "end")
-        missing = await get(f"{url}/ai/api/v1/streams/none")
-        assert missing["error"]["code"] == "not_found"
-        async with asked(f"{url}/ai", CHAT, "demo:rate=1,tokens=1000") as answer:
-            leaving = asyncio.ensure_future(see(CHAT, answer))
-            await asyncio.sleep(0)
-    assert (await leaving).ending == ""

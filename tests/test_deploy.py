@@ -6,10 +6,13 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
+import yaml
 
-from app import KEEPALIVE, LINE_BYTES
+from app import CUT_WAIT, KEEPALIVE, LINE_BYTES
 from streaming.config import Config, load
 from tests.conftest import StartNginx
 from tests.endpoints import url_of
@@ -20,7 +23,8 @@ from tests.readers import ask
 from tests.sockets import closed_port
 
 CONFIG = Config()
-COMPOSE = (ROOT / "deploy/compose.yaml").read_text()
+COMPOSE = ROOT / "deploy/compose.yaml"
+SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text())["services"]
 
 
 def number(name: str, text: str = CONF) -> list[int]:
@@ -61,20 +65,58 @@ def test_nginx_gives_up_idle_connections_first() -> None:
         assert kept < KEEPALIVE
 
 
+def variables_of(service: dict[str, Any]) -> dict[str, str]:
+    """Its environment, where the one of Compose itself sets nothing."""
+    given = service["environment"].items()
+    return {key: re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", value) for key, value in given}
+
+
 def test_compose_sets_keys_that_exist() -> None:
-    """Every variable is taken; the services are the ones that nginx asks."""
-    line = r'^ +(RIVULET_\w+): "?([^\s"]+)"?(?: #.*)?$'
-    variables = dict(re.findall(line, COMPOSE, re.MULTILINE))
-    assert variables["RIVULET_SERVER__HOST"] == "0.0.0.0"
-    if not hasattr(CONFIG, "redis"):  # the bridge is still to come
-        del variables["RIVULET_REDIS__URL"]
-    variables = {
-        key: re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", value) for key, value in variables.items()
-    }
-    load(None, variables)
-    for name, port in re.findall(r"^ +server ([\w-]+):(\d+)", CONF, re.MULTILINE):
-        assert f"\n  {name}: *instance\n" in COMPOSE
-        assert int(port) == CONFIG.server.port
+    """Every variable is taken; the instances are the ones that nginx asks, at their port, and the
+    Redis is the one there.
+    """
+    named = re.findall(r"^ +server ([\w-]+):(\d+)", CONF, re.MULTILINE)
+    assert len(named) == 2
+    for name, port in named:
+        config = load(None, variables_of(SERVICES[name]))
+        assert (config.server.host, config.server.port) == ("0.0.0.0", int(port))
+        assert urlsplit(config.redis.url).hostname in SERVICES
+
+
+def test_compose_names_what_there_is() -> None:
+    """The Dockerfile, nginx' file at its place, and every service that another waits for, which
+    has a check of its health then. The port outside leads to where nginx listens.
+    """
+    for service in SERVICES.values():
+        for other, wait in service.get("depends_on", {}).items():
+            assert wait == {"condition": "service_healthy"}
+            assert "healthcheck" in SERVICES[other] or "build" in SERVICES[other]
+        if "build" in service:
+            assert (
+                "\nHEALTHCHECK " in (COMPOSE.parent / service["build"] / "Dockerfile").read_text()
+            )
+    front = SERVICES["nginx"]
+    for volume in front["volumes"]:
+        assert (COMPOSE.parent / volume.split(":")[0]).is_file()
+    assert [port.rpartition(":")[2] for port in front["ports"]] == ["80"]
+    assert "listen 80;" in CONF
+
+
+def test_compose_lets_nothing_be_written() -> None:
+    """But where nginx has its pid and its buffers; and an instance has no rights to give up."""
+    instances = [service for service in SERVICES.values() if "build" in service]
+    for instance in instances:
+        assert (instance["read_only"], instance["cap_drop"]) == (True, ["ALL"])
+    (pid,) = re.findall(r"^pid (\S+)/", CONF, re.MULTILINE)
+    assert {pid, "/var/cache/nginx"} == set(SERVICES["nginx"]["tmpfs"])
+
+
+def test_compose_waits_for_the_drain() -> None:
+    """An instance that is stopped has the time to let its answers end, and to cut the others."""
+    for service in SERVICES.values():
+        if "build" in service:
+            seconds = int(service["stop_grace_period"].removesuffix("s"))
+            assert seconds > CONFIG.server.drain + 2 * CUT_WAIT
 
 
 # --- what is passed on --------------------------------------------------------------------------

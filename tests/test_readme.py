@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from app import build
 from streaming.config import Config, load
-from tests.processes import ROOT, Server
+from tests.clients import Kind, asked, see
+from tests.processes import ROOT, Process, Server, until
+from tests.sockets import closed_port
 
+CHAT = Kind("chat")
 README = (ROOT / "README.md").read_text()
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
 
@@ -46,6 +52,30 @@ def test_its_commands_run(demo_server: Server, command: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout) > (100 if "-N" in command else 20)
+
+
+async def test_it_can_be_embedded(tmp_path: Path) -> None:
+    """As the program that it prints, but for the address: it serves under the prefix, and SIGTERM
+    lets an answer end.
+    """
+    (program,) = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    port = closed_port()
+    file = tmp_path / "house.py"
+    file.write_text(
+        program.replace("run_app(house", f"run_app(house, host='127.0.0.1', port={port}")
+    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith("RIVULET_")}
+    house = Process(
+        [sys.executable, str(file)], {**env, "PYTHONPATH": ".", "PYTHONUNBUFFERED": "1"}
+    )
+    try:
+        house.first(house.stdout, lambda line: "Running on" in line)
+        async with asked(f"http://127.0.0.1:{port}/ai", CHAT, "demo:rate=20,tokens=30") as answer:
+            house.child.send_signal(signal.SIGTERM)
+            assert (await see(CHAT, answer)).ending == "finished"
+        assert await until(lambda: house.child.poll() is not None)
+    finally:
+        assert house.stop() == 0
 
 
 def test_its_make_targets_exist() -> None:
