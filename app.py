@@ -22,29 +22,48 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from handlers import channels, chat, logs, metrics, openai_api, ops, rooms, streams, websocket
+from handlers import (
+    access,
+    channels,
+    chat,
+    logs,
+    metrics,
+    openai_api,
+    ops,
+    rooms,
+    streams,
+    websocket,
+)
 from handlers.keys import (
+    AUTH,
     CHANNELS,
     CONFIG,
     DELIVERY,
     GENERATIONS,
+    LIMITS,
     METRICS,
     PRESENCE,
     ROOMS,
     STATE,
+    TICKETS,
+    VIGIL,
     State,
 )
 from handlers.middleware import doors, name_response
+from handlers.vigil import Vigil
+from streaming.auth import Auth
 from streaming.channels import Channels
 from streaming.config import Config, ConfigError, is_demo, load
 from streaming.delivery import Delivery
 from streaming.demo import DemoModel
 from streaming.errors import CannotStart
 from streaming.generations import Generations
+from streaming.limits import Limits
 from streaming.metrics import Metrics
 from streaming.models import Models, ModelSource
 from streaming.presence import Presence
 from streaming.rooms import Rooms
+from streaming.tickets import Memory, Tickets
 from streaming.upstream import OpenAIUpstream
 
 if TYPE_CHECKING:
@@ -79,13 +98,23 @@ def build(config: Config) -> web.Application:
     if bridge is not None:
         mirror = bridge.mirror
         kept = replace(kept, idle=min(kept.idle, HELD))  # Redis has them
-    app[GENERATIONS] = Generations(config.generation, _models(config, traces), mirror, counted)
+    auth = app[AUTH] = Auth(config.auth)
+    shared = bridge.counts if bridge is not None else None
+    app[LIMITS] = limits = Limits(config.limits, not auth.open, shared)
+    app[TICKETS] = Tickets(auth, bridge.tickets if bridge is not None else Memory())
+    models = _models(config, traces)
+    app[GENERATIONS] = Generations(config.generation, models, mirror, counted, limits)
     keeper = bridge.rooms if bridge is not None else _history(app)
     app[ROOMS] = Rooms(kept, config.history, keeper, counted)
     app[PRESENCE] = Presence(app[DELIVERY], config.rooms.grace)
     relay = bridge.link if bridge is not None else None
     app[CHANNELS] = Channels(config.delivery, config.limits, relay, counted)
-    for surface in (chat, openai_api, streams, rooms, websocket, channels, ops, metrics):
+    deliveries = app[DELIVERY], app[CHANNELS].delivery
+    address = f"{config.redis.prefix}disconnect"
+    app[VIGIL] = vigil = Vigil(auth, app[TICKETS], deliveries, relay, address)
+    _run_with(app, vigil)
+    surfaces = (chat, openai_api, streams, rooms, websocket, channels, access, ops, metrics)
+    for surface in surfaces:
         app.add_routes(surface.routes())
     app.on_response_prepare.append(name_response)
     app.on_shutdown.append(_drain)
@@ -105,7 +134,8 @@ def _bridge(app: web.Application) -> RedisBridge | None:
         raise CannotStart(
             "redis.url: cannot be read; special characters of a password are written as %XX"
         ) from None
-    _run_with(app, "bridge_unavailable", bridge)
+    app[STATE].needs["bridge_unavailable"] = bridge
+    _run_with(app, bridge)
     return bridge
 
 
@@ -116,19 +146,19 @@ def _history(app: web.Application) -> History | None:
     from streaming.history import History  # only who asks for it needs it
 
     history = History(path, app[CONFIG].rooms)
-    _run_with(app, "history_unavailable", history)
+    app[STATE].needs["history_unavailable"] = history
+    _run_with(app, history)
     return history
 
 
-def _run_with(app: web.Application, code: str, part: RedisBridge | History) -> None:
-    """Starts and closes this part with the application; `/ready` says the code where it fails."""
+def _run_with(app: web.Application, part: RedisBridge | History | Vigil) -> None:
+    """Starts and closes this part with the application."""
 
     async def context(app: web.Application) -> AsyncIterator[None]:
         await part.start()
         yield
         await part.close()
 
-    app[STATE].needs[code] = part
     app.cleanup_ctx.append(context)
 
 

@@ -11,18 +11,32 @@ from typing import NamedTuple
 
 from aiohttp import web
 
-from handlers.keys import CONFIG, DELIVERY, GENERATION, GENERATIONS, METRICS, USER
+from handlers.identity import address_of
+from handlers.keys import (
+    CONFIG,
+    DELIVERY,
+    GENERATION,
+    GENERATIONS,
+    IDENTITY,
+    LIMITS,
+    METRICS,
+    REQUEST_ID,
+    USER,
+)
 from handlers.middleware import error_response, json_response
 from handlers.reading import framing, last_event_id, path_of
-from streaming.delivery import Delivery, Draining, Place, TooSlow
+from streaming.channels import CHANNEL
+from streaming.delivery import Delivery, Draining, Expelled, Place, TooSlow
 from streaming.dialects import Dialect
 from streaming.encoders import TEXT, Encoder, Framing, encoder
 from streaming.errors import Conflict, Gone, InvalidField, RivuletError, Unavailable
 from streaming.events import JSON, Event, Position
+from streaming.frames import ROOMS as FRAMES
 from streaming.generation import Generation
 from streaming.log import Cursor, FellBehind, now_ms
-from streaming.responses import open_stream
+from streaming.responses import ResponseSink, open_stream
 
+NOWHERE = Position("", 0)
 AHEAD = 30.0  # seconds that a reader waits who is ahead of what is known here
 _HEARTBEAT = re.compile(r"[A-Za-z0-9_.-]{1,32}")
 
@@ -75,7 +89,14 @@ async def deliver(
     delivery: Delivery | None = None,
 ) -> web.StreamResponse:
     """Streams what the cursor reads to its end, after the events of `opening`; see `stream`."""
-    sink = await open_stream(delivery or request.app[DELIVERY], request, encoder, cursor, headers)
+    delivery = delivery or request.app[DELIVERY]
+    entry = await request.app[LIMITS].admit(address_of(request), request[USER])
+    try:
+        sink = await open_stream(delivery, request, encoder, cursor, headers)
+    except BaseException:
+        entry.leave()
+        raise
+    sink.who = request[IDENTITY]
     try:
         if opening:
             sink.write(encoder.encode(opening))
@@ -84,6 +105,8 @@ async def deliver(
             last = await sink.follow()
         except Draining:
             await sink.cut()
+        except Expelled as expelled:
+            await sink.cut(_parting(request, sink, expelled.error))
         else:
             ending = generation.ending if generation is not None else None
             if encoder.cuts and ending is not None and ending.type != "finished":
@@ -98,7 +121,21 @@ async def deliver(
     except Exception:
         await sink.cut()  # our own fault: an error page within the body would not look like one
         raise
+    finally:
+        entry.leave()
     return sink.response
+
+
+def _parting(request: web.Request, sink: ResponseSink, error: RivuletError) -> bytes:
+    """What a reader is told who may read no more, in its dialect: where it can come back to once it
+    may again.
+    """
+    (cursor,) = sink.cursors.values()
+    place = Position(cursor.log.epoch, cursor.offset) if isinstance(cursor, Cursor) else NOWHERE
+    body, dialect = error.body(request[REQUEST_ID]), sink.encoder.dialect
+    data = body if dialect in (FRAMES, CHANNEL) else {"error": body}
+    type = "error" if dialect is FRAMES else "failed"
+    return sink.encoder.encode([Event(type, data, place, now_ms(), cursor.logs[0].origin)])
 
 
 async def _hold(request: web.Request, generation: Generation) -> None:
@@ -172,7 +209,7 @@ async def resume(
         return None
     position, generation = Position.parse(text), None
     if position is not None:
-        generation = await request.app[GENERATIONS].find(position.epoch, request[USER])
+        generation = await request.app[GENERATIONS].find(position.epoch, request[IDENTITY])
     gone = Gone("this position cannot be resumed", param="Last-Event-ID")
     if generation is None or position is None:
         raise gone

@@ -7,6 +7,7 @@ import re
 from aiohttp import web
 
 from handlers.answers import choose_encoder, deliver
+from handlers.identity import check_service
 from handlers.keys import CHANNELS, CONFIG, USER
 from handlers.middleware import json_response
 from handlers.reading import Fields, read_object
@@ -35,7 +36,8 @@ async def events(request: web.Request) -> web.StreamResponse:
 
 
 async def publish(request: web.Request) -> web.Response:
-    """POST /api/v1/sse/publish {user_id, channel, event, data}"""
+    """POST /api/v1/sse/publish {user_id, channel, event, data}, by a service."""
+    check_service(request)
     limits = request.app[CONFIG].limits
     fields = Fields(await read_object(request, limits.frame_bytes), limits)
     user, channel = fields.text("user_id", most=128), _channel(fields.text("channel", most=128))

@@ -16,8 +16,11 @@ import orjson
 from aiohttp import web
 
 from handlers.answers import choose_encoder, resume, stream, whole
-from handlers.keys import CONFIG, GENERATIONS, REQUEST_ID, ROOMS, STATE, USER
+from handlers.identity import check_room
+from handlers.keys import CONFIG, GENERATIONS, IDENTITY, LIMITS, REQUEST_ID, ROOMS, STATE, USER
+from handlers.middleware import note
 from handlers.reading import Fields, idempotency_key, path_of, read_fields
+from streaming.auth import Identity
 from streaming.dialects import CHAT, CONTENT, CONTENT_WITHOUT_DONE, TOOL, Dialect
 from streaming.encoders import NDJSON, NDJSON_BRACES, SSE, Framing
 from streaming.errors import InvalidField, Unavailable
@@ -128,32 +131,33 @@ async def start(
     meanwhile changes nothing.
     """
     key = _key(request, body)
-    return await begin(request.app, request[USER], request[REQUEST_ID], question, key, linger)
+    if (found := await request.app[GENERATIONS].started(key)) is not None:
+        return found
+    note(request, await request.app[LIMITS].take("generations", request[USER]))
+    return await begin(request.app, request[IDENTITY], request[REQUEST_ID], question, key, linger)
 
 
 async def begin(
     app: web.Application,
-    user: str,
+    who: Identity,
     request_id: str,
     question: Question,
     key: Key | None = None,
     linger: float | None = None,
 ) -> Generation:
     """As `start`, where there is no request of its own: a frame on a socket asks."""
-    generations, cfg = app[GENERATIONS], app[CONFIG].generation
-    if (found := await generations.started(key)) is not None:
-        return found
+    cfg = app[CONFIG].generation
     if app[STATE].draining:
         raise Unavailable("this server is going away", code="draining", retry_after=1)
     room, messages = None, question.messages
     if question.room or question.conversation_id:
-        room = await app[ROOMS].open(_room_name(user, question))
+        room = await app[ROOMS].open(_room_name(who, question))
         await room.keeper.settle(room)  # an answer that a client has seen the end of is context
         messages = _context(room, question)
     last = messages[-1]
     ask = Ask(
         ModelCall(question.model, messages, question.params),
-        owner=user,
+        owner=who.user,
         linger=cfg.linger if linger is None else linger,
         conversation_id=question.conversation_id,
         room=room,
@@ -162,13 +166,16 @@ async def begin(
         key=key,
         request_id=request_id,
     )
-    return await generations.start(ask)
+    return await app[GENERATIONS].start(ask)
 
 
-def _room_name(user: str, question: Question) -> str:
+def _room_name(who: Identity, question: Question) -> str:
+    """Raises Forbidden."""
+    if question.room:
+        return check_room(question.room, who, "generate")
     # Percent-encoded, so that no owner and id read like another's.
-    owner, conversation = quote(user, safe=""), quote(question.conversation_id, safe="")
-    return question.room or f"conv:{owner}:{conversation}"
+    owner, conversation = quote(who.user, safe=""), quote(question.conversation_id, safe="")
+    return f"conv:{owner}:{conversation}"
 
 
 def _context(room: Room, question: Question) -> list[JSON]:

@@ -1,4 +1,4 @@
-"""The doors, in order: request id and access log, the shape of errors, who is calling."""
+"""The doors, in order: request id and access log, the shape of errors, origin, who asks, limits."""
 
 from __future__ import annotations
 
@@ -12,10 +12,24 @@ from collections.abc import Awaitable, Callable, Mapping
 import orjson
 from aiohttp import web
 
-from handlers.keys import CONFIG, GENERATION, METRICS, REQUEST_ID, STATE, USER
-from handlers.reading import check_query, last_event_id, path_of
+from handlers.identity import NOBODY, PUBLIC, holding, identify, is_room_socket
+from handlers.keys import (
+    CONFIG,
+    GENERATION,
+    IDENTITY,
+    LIMITS,
+    METRICS,
+    QUOTA,
+    REFUSED,
+    REQUEST_ID,
+    STATE,
+    USER,
+)
+from handlers.origin import check_host, check_origin, headers_for, preflight
+from handlers.reading import last_event_id, path_of
 from streaming.dialects import openai_error
-from streaming.errors import BadRequest, RivuletError, TooLarge
+from streaming.errors import RivuletError, TooLarge, Unauthorized
+from streaming.limits import Quota
 from streaming.metrics import SLOW
 
 access = logging.getLogger("rivulet.access")
@@ -24,7 +38,6 @@ logger = logging.getLogger("rivulet.handlers")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_USER_CHARS = 128
 
 # What aiohttp itself refuses, by status, in our words.
 _REFUSALS = {
@@ -44,8 +57,11 @@ async def doors(request: web.Request, handler: Handler) -> web.StreamResponse:
     response: web.StreamResponse | None = None
     try:
         try:
-            request[USER] = _user(request)
-            response = await handler(request)
+            response = preflight(request)
+            if response is None:
+                await _admit(request)
+                with holding(request):
+                    response = await handler(request)
         except Exception as error:
             response = _refusal(request, error)
         if request.app[STATE].draining:
@@ -53,6 +69,29 @@ async def doors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return response
     finally:
         _account(request, response, time.monotonic() - started)
+
+
+async def _admit(request: web.Request) -> None:
+    """Lets it come in, as whom it says. Raises Forbidden, Unauthorized, TooMany, BadRequest."""
+    who, public = NOBODY, path_of(request) in PUBLIC
+    if not public:
+        check_host(request)
+        check_origin(request)
+    try:
+        who = await identify(request)
+    except Unauthorized as error:
+        if not is_room_socket(request):
+            raise
+        request[REFUSED] = error  # a browser is told why on the socket, or never
+    request[IDENTITY], request[USER] = who, who.user
+    if not public and who is not NOBODY:
+        note(request, await request.app[LIMITS].take("requests", who.user))
+
+
+def note(request: web.Request, quota: Quota | None) -> None:
+    """What is left of a rate is to be told with the answer."""
+    if quota is not None:
+        request[QUOTA] = quota
 
 
 def _account(request: web.Request, response: web.StreamResponse | None, seconds: float) -> None:
@@ -75,23 +114,13 @@ def _account(request: web.Request, response: web.StreamResponse | None, seconds:
         "status": status,
         "seconds": round(seconds, 4),
     }
-    if USER in request:
-        line["user"] = request[USER]
+    if user := request.get(USER):
+        line["user"] = user
     if (generation := request.get(GENERATION)) is not None:
         line["stream_id"] = generation.id
         if generation.first_token is not None:
             line["first_token"] = round(generation.first_token, 4)
     access.log(logging.WARNING if slow else logging.INFO, "request", extra=line)
-
-
-def _user(request: web.Request) -> str:
-    """Who is calling: in open mode whoever the client says, else `anonymous`."""
-    check_query(request)
-    name = request.headers.get("X-User-Id") or request.query.get("user_id") or "anonymous"
-    if len(name) > _USER_CHARS or not name.isprintable():
-        message = f"a user id has at most {_USER_CHARS} printable characters"
-        raise BadRequest(message, param="X-User-Id")
-    return name
 
 
 def _refusal(request: web.Request, error: Exception) -> web.StreamResponse:
@@ -142,7 +171,7 @@ def error_response(
     body = error.body(request[REQUEST_ID])
     if path_of(request).startswith("/v1/"):
         body = openai_error(body, error.status)
-    sent = {name: value for name, value in (headers or {}).items() if value}
+    sent = {name: value for name, value in (headers or {}).items() if value} | error.headers
     sent["Cache-Control"] = "no-store"
     if error.retry_after is not None:
         sent["Retry-After"] = str(max(1, round(error.retry_after)))
@@ -159,12 +188,16 @@ def json_response(
 
 
 async def name_response(request: web.Request, response: web.StreamResponse) -> None:
-    """Puts the request's id on its answer (a signal: streams are prepared inside the handler), and
-    while the server drains lets the connection go after it.
+    """What every answer has in its headers (a signal: streams are prepared inside the handler).
+    While the server drains the connection goes after it.
     """
     if REQUEST_ID in request:
         response.headers.setdefault("X-Request-Id", request[REQUEST_ID])
     # Not `request.app`: a middleware of an application around this one may be what answers.
-    if request.match_info.apps[-1][STATE].draining:
+    app = request.match_info.apps[-1]
+    response.headers.update(headers_for(request, app[CONFIG].cors))
+    if QUOTA in request:
+        response.headers.update(request[QUOTA].headers())
+    if app[STATE].draining:
         response.force_close()
         response.headers["Connection"] = "close"

@@ -6,39 +6,24 @@ import asyncio
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import quote
 
 from aiohttp import web
 
 from handlers.answers import choose_encoder, deliver
-from handlers.keys import CONFIG, GENERATIONS, PRESENCE, ROOMS, USER
+from handlers.identity import check_room
+from handlers.keys import CONFIG, GENERATIONS, IDENTITY, PRESENCE, ROOMS, USER
 from handlers.middleware import json_response
 from handlers.reading import Fields, idempotency_key, last_event_id, read_json
 from streaming.encoders import SSE
-from streaming.errors import BadRequest, Conflict, InvalidField, NotFound, TooLarge
+from streaming.errors import BadRequest, Conflict, Forbidden, InvalidField, NotFound, TooLarge
 from streaming.events import JSON, Position
 from streaming.frames import RESERVED, message
 from streaming.frames import ROOMS as FRAMES
 from streaming.rooms import Room
 
-_NAME = re.compile(r"[^\s\x00-\x1f\x7f]{1,128}")
 _TYPE = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 PAGE = 50  # messages of history, unless `limit` says
 BATCH = 100
-
-
-def check_room(name: str, user: str) -> str:
-    """The name, where it is one and this person may know the room. Raises InvalidField, NotFound:
-    another's conversation or personal room is like one that is not there.
-    """
-    if not _NAME.fullmatch(name):
-        raise InvalidField("room", "must be 1 to 128 characters without spaces")
-    kind, colon, owner = name.partition(":")
-    if kind == "conv":
-        owner, user = owner.partition(":")[0], quote(user, safe="")
-    if colon and kind in ("conv", "user") and owner != user:
-        raise NotFound("no such room", param="room")
-    return name
 
 
 def is_personal(name: str) -> bool:
@@ -46,10 +31,16 @@ def is_personal(name: str) -> bool:
     return name.startswith("user:")
 
 
+def _named(request: web.Request, action: str) -> str:
+    """The name of the room in the path, where whoever asks may do that in it."""
+    return check_room(request.match_info["room"], request[IDENTITY], action)
+
+
 async def room_of(request: web.Request, after: str | None = None) -> Room:
-    """The room in the request's path, made where there is none, as of position `after` at least."""
-    name = check_room(request.match_info["room"], request[USER])
-    return await request.app[ROOMS].open(name, after)
+    """The room in the request's path, for who may read it, made where there is none, as of position
+    `after` at least.
+    """
+    return await request.app[ROOMS].open(_named(request, "subscribe"), after)
 
 
 def said(fields: Fields, user: str, type: str) -> JSON:
@@ -71,7 +62,7 @@ def _type(fields: Fields) -> str:
 
 async def post_messages(request: web.Request) -> web.Response:
     """POST /api/v1/rooms/{room}/messages: one event, or a list of them, all or none."""
-    name, user = check_room(request.match_info["room"], request[USER]), request[USER]
+    name, user = _named(request, "publish"), request[USER]
     limits = request.app[CONFIG].limits
     body = await read_json(request, limits.frame_bytes)  # as on a socket: a room keeps many of them
     batch = body if isinstance(body, list) else [body]
@@ -116,17 +107,21 @@ async def presence(request: web.Request) -> web.Response:
 
 
 async def rooms(request: web.Request) -> web.Response:
-    """GET /api/v1/rooms: which rooms live."""
+    """GET /api/v1/rooms: which rooms live, of those that whoever asks may moderate."""
+    who = request[IDENTITY]
+    if not who.grants.have("moderate"):
+        raise Forbidden("your token does not let you moderate any room")
     listed = [
         {"room": room.name, "members": len(room.members), "position": str(room.log.position)}
         for room in request.app[ROOMS]
+        if who.may("moderate", room.name)
     ]
     return json_response({"rooms": listed})
 
 
 async def delete(request: web.Request) -> web.Response:
     """DELETE /api/v1/rooms/{room}: ends it and what runs in it; everybody in it is told `left`."""
-    name, user = check_room(request.match_info["room"], request[USER]), request[USER]
+    name, who = _named(request, "moderate"), request[IDENTITY]
     if is_personal(name):
         raise Conflict("all connections of its owner are in this room", param="room")
     rooms = request.app[ROOMS]
@@ -134,10 +129,10 @@ async def delete(request: web.Request) -> web.Response:
     if room is None:
         raise NotFound("no such room", param="room")
     for stream_id in list(room.running):
-        if (generation := await request.app[GENERATIONS].find(stream_id, user)) is not None:
+        if (generation := await request.app[GENERATIONS].find(stream_id, who)) is not None:
             generation.stop()
     # A client that goes away meanwhile leaves no half of it.
-    await asyncio.shield(asyncio.create_task(rooms.delete(room, user)))
+    await asyncio.shield(asyncio.create_task(rooms.delete(room, who.user)))
     return json_response({"deleted": True})
 
 

@@ -9,7 +9,8 @@ import re
 from aiohttp import web
 
 from handlers.answers import Found, attach, choose_encoder, place_of, resume
-from handlers.keys import GENERATIONS, USER
+from handlers.identity import check_stop
+from handlers.keys import GENERATIONS, IDENTITY
 from handlers.middleware import json_response
 from streaming.dialects import DIALECTS, NATIVE, Dialect
 from streaming.encoders import SSE
@@ -42,6 +43,7 @@ async def events(request: web.Request) -> web.StreamResponse:
 async def stop(request: web.Request) -> web.Response:
     """POST /api/v1/streams/{id}/stop: 200 however often it is called, before, during and after."""
     generation = await _find(request)
+    check_stop(generation, request[IDENTITY])
     generation.stop()
     with contextlib.suppress(TimeoutError):  # here at once; of another instance as soon as it says
         async with asyncio.timeout(STOPPING):
@@ -50,7 +52,7 @@ async def stop(request: web.Request) -> web.Response:
 
 
 async def _find(request: web.Request) -> Generation:
-    generation = await request.app[GENERATIONS].find(request.match_info["id"], request[USER])
+    generation = await request.app[GENERATIONS].find(request.match_info["id"], request[IDENTITY])
     if generation is None:
         raise NotFound("no such stream", param="id")
     return generation

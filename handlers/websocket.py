@@ -16,11 +16,33 @@ from collections.abc import Awaitable, Callable, Mapping
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from handlers.chat import Question, begin
-from handlers.keys import CONFIG, DELIVERY, GENERATIONS, PRESENCE, REQUEST_ID, ROOMS, USER
+from handlers.identity import NOBODY, address_of, check_room, check_stop
+from handlers.keys import (
+    AUTH,
+    CONFIG,
+    DELIVERY,
+    GENERATIONS,
+    IDENTITY,
+    LIMITS,
+    PRESENCE,
+    REFUSED,
+    REQUEST_ID,
+    ROOMS,
+)
 from handlers.reading import Fields, last_event_id, parse
-from handlers.rooms import check_room, history, is_personal, said
-from streaming.errors import BadRequest, InvalidField, NotFound, RivuletError
+from handlers.rooms import history, is_personal, said
+from streaming.auth import Identity
+from streaming.errors import (
+    BadRequest,
+    Forbidden,
+    InvalidField,
+    NotFound,
+    RivuletError,
+    Unauthorized,
+    Unavailable,
+)
 from streaming.events import JSON
+from streaming.limits import Entry
 from streaming.rooms import Room
 from streaming.sockets import LINGER, SocketSink, open_socket
 
@@ -28,25 +50,70 @@ access = logging.getLogger("rivulet.access")
 logger = logging.getLogger("rivulet.websocket")
 
 ROOMS_MOST = 1000  # on one socket
+SAY_WHO = 10.0  # seconds in which a client without credentials has to authenticate
+FIRST = frozenset(("authenticate", "ping"))  # frames that may come before that
+# Close codes of the protocol's private range, by the status that the error has over HTTP.
+CLOSES = {401: 4401, 403: 4403, 404: 4403, 429: 4429, 503: int(WSCloseCode.TRY_AGAIN_LATER)}
 
 
 class Connection:
-    """One client on one socket: who it is, and where."""
+    """One client on one socket: who it is, and where. path: the room of its path, or ""."""
 
-    __slots__ = ("_app", "_limits", "_own", "_request_id", "_rooms", "_user", "sink")
+    __slots__ = ("_after", "_app", "_entry", "_limits", "_request_id", "_rooms", "path", "sink")
 
-    def __init__(self, request: web.Request, sink: SocketSink) -> None:
-        self.sink = sink
+    sink: SocketSink
+    _entry: Entry
+
+    def __init__(self, request: web.Request) -> None:
+        self.path = request.match_info.get("room", "")
         self._app = request.app
-        self._user = request[USER]
+        self._after = last_event_id(request)
         self._request_id = request[REQUEST_ID]
         self._limits = request.app[CONFIG].limits
         self._rooms: dict[str, Room] = {}
-        self._own = ""  # the room of the path
 
-    def enter(
-        self, room: Room, after: str | None, *, own: bool = False, ref: object = None
-    ) -> None:
+    def serve(self, sink: SocketSink, entry: Entry) -> None:
+        """The socket is open."""
+        self.sink, self._entry = sink, entry
+        sink.listener = self
+
+    @property
+    def _who(self) -> Identity:
+        return self.sink.who or NOBODY
+
+    @property
+    def _user(self) -> str:
+        return self._who.user
+
+    async def open(self, who: Identity) -> list[Room]:
+        """The rooms where this person is at first: their own, of which nothing is said, and that of
+        the path. Raises Forbidden, NotFound, Unavailable.
+        """
+        # In this order: `begin` takes the last for that of the path.
+        names = [f"user:{who.user}"] if who.user != "anonymous" else []
+        names += [check_room(self.path, who, "subscribe")] if self.path else []
+        return [await self._app[ROOMS].open(name, self._after) for name in names]
+
+    def begin(self, who: Identity, rooms: list[Room]) -> None:
+        """It is known who it is: comes into these rooms."""
+        self.sink.who = who
+        for room in rooms:
+            if room.name == self.path:
+                self.enter(room, self._after)
+            else:
+                self.sink.follow(room.join(None)[0])
+
+    def refuse(self, error: RivuletError) -> None:
+        """Tells why, and closes."""
+        self.sink.send({"type": "error", **error.body(self._request_id)})
+        self.sink.close(CLOSES.get(error.status, WSCloseCode.POLICY_VIOLATION), error.code)
+
+    def unnamed(self) -> None:
+        """Some time has passed: closes where it has not been said who it is."""
+        if self._who is NOBODY and self.sink.listener is self:
+            self.refuse(Unauthorized("authenticate first", code="token_missing"))
+
+    def enter(self, room: Room, after: str | None, ref: object = None) -> None:
         """Comes into a room that is open, and is told where it stands."""
         before = self._rooms.get(room.name)
         if room is not before:
@@ -54,7 +121,6 @@ class Connection:
             self._rooms[room.name] = room
             if before is not None:  # it was deleted
                 self._app[PRESENCE].leave(before, self._user)
-        self._own = room.name if own else self._own
         cursor, opening = room.join(after)
         frames = [item for event in opening for item in self.sink.encoder.dialect.say(event) or ()]
         if ref is not None:
@@ -68,6 +134,7 @@ class Connection:
         if self._app[CONFIG].server.access_log:
             line = {"request_id": self._request_id, "code": int(code), "seconds": round(seconds, 4)}
             access.info("socket closed", extra=line)
+        self._entry.leave()
         for room in self._rooms.values():
             self._app[PRESENCE].leave(room, self._user)
         self._rooms.clear()
@@ -82,10 +149,12 @@ class Connection:
             if not isinstance(frame, dict):
                 raise BadRequest("the frame must be a JSON object", param="frame")
             ref = frame.get("ref")
-            kind = frame.get("type", "message" if "content" in frame and self._own else None)
+            kind = frame.get("type", "message" if "content" in frame and self.path else None)
             action = FRAMES.get(kind) if isinstance(kind, str) else None
             if action is None:
                 raise InvalidField("type", f"must be one of {', '.join(FRAMES)}")
+            if self._who is NOBODY and kind not in FIRST:
+                raise Unauthorized("authenticate first", code="token_missing")
             reply = action(self, frame)
             if isinstance(reply, Awaitable):
                 reply = await reply
@@ -97,22 +166,42 @@ class Connection:
         if reply is not None:
             self.sink.send(reply if ref is None else {**reply, "ref": ref})
 
-    def _room(self, frame: JSON) -> Room:
-        """The room that a frame is about: one that this socket is in."""
-        name = Fields(frame, self._limits).text("room", self._own or None, most=128)
+    def _room(self, frame: JSON, action: str = "subscribe") -> Room:
+        """The room that a frame is about: one that this socket is in, where it may do that."""
+        name = Fields(frame, self._limits).text("room", self.path or None, most=128)
         room = self._rooms.get(name)
         if room is None or room.log.closed:
             raise NotFound("join the room first", param="room")
+        check_room(name, self._who, action)
         return room
 
-    def authenticate(self, frame: JSON) -> JSON:
-        Fields(frame, self._limits).text("token", "any")
-        return {"type": "authenticated", "userId": self._user}
+    async def authenticate(self, frame: JSON) -> None:
+        """The first time it says who it is; then a fresh token of theirs takes the place of one
+        that is about to expire.
+        """
+        token, auth = Fields(frame, self._limits).text("token", "any"), self._app[AUTH]
+        who = auth.guest(self._user) if auth.open else auth.identify(token)
+        first = self._who is NOBODY
+        if not first and who.user != self._user:
+            raise Forbidden("the token is another user's", param="token")
+        if first:
+            await self._entry.rename(who.user)
+        self.sink.who = who
+        reply = {"type": "authenticated", "userId": who.user}
+        self.sink.send(reply if frame.get("ref") is None else {**reply, "ref": frame["ref"]})
+        if first:
+            try:
+                self.begin(who, await self.open(who))
+            except RivuletError as error:
+                self.refuse(error)
+        for room in list(self._rooms.values()):
+            if not who.may("subscribe", room.name):
+                self.sink.send(self._leave(room))
 
     async def join(self, frame: JSON) -> None:
         fields = Fields(frame, self._limits)
         after = fields.text("last_event_id", "", most=128) or None
-        name = check_room(fields.text("room", most=128), self._user)
+        name = check_room(fields.text("room", most=128), self._who, "subscribe")
         if name not in self._rooms and len(self._rooms) >= ROOMS_MOST:
             raise InvalidField("room", f"a socket can be in {ROOMS_MOST} rooms")
         self.enter(await self._app[ROOMS].open(name, after), after, ref=frame.get("ref"))
@@ -121,13 +210,16 @@ class Connection:
         room = self._room(frame)
         if is_personal(room.name):
             raise InvalidField("room", "every connection is in its own person's room")
+        return self._leave(room)
+
+    def _leave(self, room: Room) -> JSON:
         del self._rooms[room.name]
         self.sink.unfollow(room)
         self._app[PRESENCE].leave(room, self._user)
         return {"type": "left", "room": room.name}
 
     async def message(self, frame: JSON) -> JSON:
-        room, fields = self._room(frame), dict(frame)
+        room, fields = self._room(frame, "publish"), dict(frame)
         if fields.get("content") is None and "message" in fields:
             fields["content"] = fields["message"]
         key = Fields(frame, self._limits).text("idempotency_key", "", most=255)
@@ -136,7 +228,7 @@ class Connection:
         return {"type": "ack", "id": id, "room": room.name}
 
     def typing(self, frame: JSON) -> None:
-        room = self._room(frame)
+        room = self._room(frame, "publish")
         typing = frame.get("typing", True)
         if not isinstance(typing, bool):
             raise InvalidField("typing", "must be true or false")
@@ -146,20 +238,22 @@ class Connection:
         room.keeper.told(room, event)
 
     async def generate(self, frame: JSON) -> JSON:
-        room, fields = self._room(frame), Fields(frame, self._limits)
+        room, fields = self._room(frame, "generate"), Fields(frame, self._limits)
         model = fields.text("model", "", most=512)
         if frame.get("messages") is not None:
             question = Question(fields.messages(), "", model, room=room.name)
         else:
             question = Question([], fields.text("message"), model, room=room.name)
-        generation = await begin(self._app, self._user, self._request_id, question)
+        await self._app[LIMITS].take("generations", self._user)
+        generation = await begin(self._app, self._who, self._request_id, question)
         return {"type": "ack", "stream_id": generation.id, "room": room.name}
 
     async def stop(self, frame: JSON) -> JSON:
         stream_id = Fields(frame, self._limits).text("stream_id", most=128)
-        generation = await self._app[GENERATIONS].find(stream_id, self._user)
+        generation = await self._app[GENERATIONS].find(stream_id, self._who)
         if generation is None:
             raise NotFound("no such stream", param="stream_id")
+        check_stop(generation, self._who)
         generation.stop()
         return {"type": "ack", "stream_id": stream_id}
 
@@ -176,29 +270,31 @@ class Connection:
 
 
 async def serve(request: web.Request) -> web.StreamResponse:
-    """GET /ws and /ws/{room}: opens a socket, which runs until either side closes."""
-    config, user, own = request.app[CONFIG], request[USER], request.match_info.get("room")
-    if own is not None:
-        check_room(own, user)
+    """GET /ws and /ws/{room}: opens a socket, which runs until either side closes. Whose token does
+    not do is told so on it: a browser's page hears of no status.
+    """
+    config, who, refused = request.app[CONFIG], request[IDENTITY], request.get(REFUSED)
     most, compression = config.limits.frame_bytes, config.delivery.compression
-    personal = room = refused = None
+    rooms: list[Room] = []
+    connection = Connection(request)
     try:
-        if user != "anonymous":
-            personal = await request.app[ROOMS].open(f"user:{user}")
-        if own is not None:
-            room = await request.app[ROOMS].open(own, last_event_id(request))
-    except RivuletError as error:  # there is no place for its room, or it cannot be read now
+        if who is not NOBODY:
+            rooms = await connection.open(who)
+    except (Forbidden, Unavailable) as error:  # perhaps there is no place for its room
         refused = error
-    sink, response = await open_socket(request.app[DELIVERY], request, most, compression)
-    sink.listener = connection = Connection(request, sink)
+    entry = await request.app[LIMITS].admit(address_of(request), who.user)
+    try:
+        sink, response = await open_socket(request.app[DELIVERY], request, most, compression)
+    except BaseException:
+        entry.leave()
+        raise
+    connection.serve(sink, entry)
     if refused is not None:
-        sink.close(WSCloseCode.TRY_AGAIN_LATER, refused.message)
-        return response
-    if personal is not None:
-        # Nothing is said of it: whoever is in it hears what comes.
-        sink.follow(personal.join(None)[0])
-    if room is not None:
-        connection.enter(room, last_event_id(request), own=True)
+        connection.refuse(refused)
+    elif who is NOBODY:
+        asyncio.get_running_loop().call_later(SAY_WHO, connection.unnamed)
+    else:
+        connection.begin(who, rooms)
     return response
 
 

@@ -24,9 +24,11 @@ from typing import Any, Protocol
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import StreamWriter
 
+from streaming.auth import Identity
 from streaming.clock import Wheel
 from streaming.config import Delivery as DeliveryConfig
 from streaming.encoders import Encoder
+from streaming.errors import RivuletError
 from streaming.events import Event
 from streaming.log import FellBehind, Log, now_ms
 from streaming.metrics import Metrics
@@ -45,6 +47,13 @@ class TooSlow(Exception):
 
 class Draining(Exception):
     """The server is going away, and this stream with it."""
+
+
+class Expelled(Exception):
+    """Whoever reads may do so no more."""
+
+    def __init__(self, error: RivuletError) -> None:
+        self.error = error
 
 
 class Place(Protocol):
@@ -280,8 +289,11 @@ def chunk(data: bytes) -> bytes:
 class Sink:
     """A connection that follows what its cursors read, in one encoding.
 
-    It is live (in the feeds) or catching up. chunked: its bytes go out in HTTP/1.1's chunks.
+    It is live (in the feeds) or catching up. chunked: its bytes go out in HTTP/1.1's chunks. who:
+    reads it, as long as that identity holds.
     """
+
+    who: Identity | None = None
 
     def __init__(
         self,
@@ -368,6 +380,10 @@ class Sink:
 
     def drain(self, spread: float) -> None:
         """The server is going away: ends, so that its client comes back within `spread` seconds."""
+        raise NotImplementedError
+
+    def expel(self, error: RivuletError) -> None:
+        """Its client's identity holds no more, or somebody wants it gone: tells it so, and ends."""
         raise NotImplementedError
 
     def leaving(self, window: float) -> asyncio.Task[None] | None:

@@ -16,6 +16,7 @@ RivuletError                 500  internal
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 
@@ -23,7 +24,8 @@ class RivuletError(Exception):
     """An error that a client sees.
 
     message: for a person. code: for a program, stable. param: the field at fault.
-    retry_after: seconds after which coming back makes sense, sent as `Retry-After`.
+    retry_after: seconds after which coming back makes sense, sent as `Retry-After`. headers: others
+    that the answer has.
     """
 
     status: int = 500
@@ -37,11 +39,13 @@ class RivuletError(Exception):
         param: str | None = None,
         status: int | None = None,
         retry_after: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after = retry_after
+        self.headers = dict(headers or {})
         if code is not None:
             self.code = code
         if status is not None:
@@ -68,6 +72,9 @@ class BadRequest(RivuletError):
 class Unauthorized(RivuletError):
     status = 401
     code = "unauthorized"
+
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        super().__init__(message, code=code, headers={"WWW-Authenticate": "Bearer"})  # RFC 6750
 
 
 class Forbidden(RivuletError):

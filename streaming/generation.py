@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from streaming.auth import Identity
 from streaming.dialects import Dialect, is_text, timestamp
 from streaming.events import JSON, Event
 from streaming.log import Log
@@ -146,10 +147,12 @@ class Generation:
             "finished": timestamp(ending.time) if ending is not None else None,
         }
 
-    def known_to(self, user: str) -> bool:
-        """Whether this person may read and stop it: its owner, and in a shared room everybody."""
-        room = self.log.origin["room"] or "conv:"
-        return user == self.owner or not room.startswith(("conv:", "user:"))
+    def open_to(self, who: Identity, action: str) -> bool:
+        """Whether this person may do that with it, one of grants.ACTIONS: its owner, and in a room
+        whoever may do it there.
+        """
+        room = self.log.origin["room"]
+        return who.user == self.owner or bool(room and who.may(action, room))
 
     def text(self) -> str:
         """The answer so far."""

@@ -8,9 +8,11 @@ from collections import deque
 from typing import Protocol
 
 from streaming import config
+from streaming.auth import Identity
 from streaming.clock import FlushClock
 from streaming.errors import InvalidField, Unavailable
 from streaming.generation import Ask, Generation, Key
+from streaming.limits import Limits
 from streaming.metrics import Metrics
 from streaming.models import Models
 from streaming.producer import Producer
@@ -40,8 +42,10 @@ class Generations:
         models: Models,
         mirror: Mirror | None = None,
         metrics: Metrics | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self.models = models
+        self._limits = limits or Limits(config.Limits())
         self._metrics = metrics or Metrics()
         self._mirror = mirror
         self._config = cfg
@@ -63,10 +67,33 @@ class Generations:
         it all the same.
 
         Raises InvalidField where the key came with another body before, Unavailable where too many
-        run. A key is free again when its generation failed or was abandoned.
+        run, TooMany where too many of the owner's do. A key is free again when its generation
+        failed or was abandoned.
         """
         if (found := await self.started(ask.key)) is not None:
             return found
+        await self._limits.acquire("running", ask.owner)
+        generation = None
+        try:
+            # Once more: another with this key may have come meanwhile. From here nobody is waited
+            # for until the key is taken.
+            if (found := await self.started(ask.key)) is None:
+                generation = self._make(ask)
+        finally:
+            if generation is None:
+                self._limits.release("running", ask.owner)
+        if generation is None:
+            assert found is not None
+            return found
+        if self._mirror is None:
+            await generation.start()
+            return generation
+        task = asyncio.create_task(self._start(generation, self._mirror))
+        self._starting[generation.id] = task
+        task.add_done_callback(lambda _: self._starting.pop(generation.id))
+        return await asyncio.shield(task)
+
+    def _make(self, ask: Ask) -> Producer:
         self._sweep()
         if len(self._running) >= self._config.max_running:
             raise Unavailable("too many answers are running", code="overloaded", retry_after=5)
@@ -75,13 +102,7 @@ class Generations:
         self._held[generation.id] = self._running[generation.id] = generation
         if ask.key is not None:
             self._keys[ask.key.scope, ask.key.key] = generation
-        if self._mirror is None:
-            await generation.start()
-            return generation
-        task = asyncio.create_task(self._start(generation, self._mirror))
-        self._starting[generation.id] = task
-        task.add_done_callback(lambda _: self._starting.pop(generation.id))
-        return await asyncio.shield(task)
+        return generation
 
     async def _start(self, generation: Producer, mirror: Mirror) -> Generation:
         try:
@@ -98,6 +119,7 @@ class Generations:
     def _withdraw(self, generation: Producer) -> None:
         """It does not start after all."""
         del self._held[generation.id], self._running[generation.id]
+        self._limits.release("running", generation.owner)
         self._free(generation)
 
     async def started(self, key: Key | None) -> Generation | None:
@@ -112,16 +134,19 @@ class Generations:
         starting = self._starting.get(found.id)  # perhaps it is found to run elsewhere
         return found if starting is None else await asyncio.shield(starting)
 
-    async def find(self, stream_id: str, owner: str) -> Generation | None:
+    async def find(self, stream_id: str, who: Identity) -> Generation | None:
         """The generation of this id, if this person may know of it. Raises Unavailable."""
         self._sweep()
         generation: Generation | None = self._held.get(stream_id)
         if generation is None and self._mirror is not None:
             generation = await self._mirror.find(stream_id)
-        return generation if generation is not None and generation.known_to(owner) else None
+        if generation is None or not generation.open_to(who, "subscribe"):
+            return None
+        return generation
 
     def _ended(self, generation: Producer) -> None:
         del self._running[generation.id]
+        self._limits.release("running", generation.owner)
         key = generation.ask.key
         if key is not None and not generation.keeps_key(key):
             self._free(generation)

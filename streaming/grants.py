@@ -30,6 +30,10 @@ class Grants:
                 raise ValueError(f"must give each pattern a list of {', '.join(ACTIONS)}")
         return cls(tuple((pattern, tuple(actions)) for pattern, actions in value.items()))
 
+    def have(self, action: str) -> bool:
+        """Whether one of them gives this action, in whichever room."""
+        return any(action in actions for _, actions in self.rules)
+
     def allow(self, action: str, room: str) -> bool:
         """Whether one of them gives this action in this room. A personal room must be spelled:
         `*` alone does not reach it.

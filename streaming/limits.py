@@ -58,6 +58,31 @@ class Shared(Protocol):
         """This instance has so many."""
 
 
+class Entry:
+    """A connection that has been let in. `leave` when it is over; once more changes nothing."""
+
+    __slots__ = ("_ip", "_limits", "_user")
+
+    def __init__(self, limits: Limits, ip: str, user: str) -> None:
+        self._limits: Limits | None = limits
+        self._ip = ip
+        self._user = user
+
+    async def rename(self, user: str) -> None:
+        """It turns out to be this user's. Raises TooMany."""
+        if self._limits is not None:
+            await self._limits.acquire("connections", user)
+            self._user = user
+
+    def leave(self) -> None:
+        """It is over."""
+        limits, self._limits = self._limits, None
+        if limits is not None:
+            limits.leave(self._ip)
+            if self._user:
+                limits.release("connections", self._user)
+
+
 class Limits:
     """All limits but those on the size of things. rates: whether there are any in this mode."""
 
@@ -76,6 +101,19 @@ class Limits:
         self._counts: Counter[tuple[str, str]] = Counter()
         self._addresses: Counter[str] = Counter()
         self.connections = 0
+
+    async def admit(self, ip: str, user: str) -> Entry:
+        """Lets a connection in that is to last, a stream's or a socket's. user: "" where that is
+        not known yet. Raises TooMany, Unavailable.
+        """
+        self.enter(ip)
+        try:
+            if user:
+                await self.acquire("connections", user)
+        except BaseException:
+            self.leave(ip)
+            raise
+        return Entry(self, ip, user)
 
     # --- this process
 
@@ -110,9 +148,11 @@ class Limits:
         count, reset = self._hit(kind, user)
         if self._shared is not None:
             count, reset = await _asked(self._shared.hit(kind, user), (count, reset))
+        quota = Quota(most, max(most - count, 0), reset)
         if count > most:
-            raise TooMany(f"a user may have {most} {WORDS[kind]}", retry_after=reset)
-        return Quota(most, most - count, reset)
+            message = f"a user may have {most} {WORDS[kind]}"
+            raise TooMany(message, retry_after=reset, headers=quota.headers())
+        return quota
 
     async def acquire(self, kind: str, user: str) -> None:
         """One more of "connections" or "running", to be released. Raises TooMany; those that are

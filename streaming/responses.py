@@ -13,13 +13,15 @@ from http import HTTPStatus
 from aiohttp import HttpVersion11, web
 from aiohttp_sse import EventSourceResponse
 
-from streaming.delivery import Delivery, Draining, Place, Sink
+from streaming.delivery import Delivery, Draining, Expelled, Place, Sink
 from streaming.encoders import TEXT, Encoder
+from streaming.errors import RivuletError
+
+PARTING = 1.0  # seconds for the last words to a client that is sent away
 
 STREAM_HEADERS = {
     "Cache-Control": "no-cache, no-transform",
     "X-Accel-Buffering": "no",
-    "X-Content-Type-Options": "nosniff",
 }
 
 
@@ -42,7 +44,7 @@ class ResponseSink(Sink):
         self.cursors[cursor.source] = cursor
         self._opening = encoder.opening  # goes out with the first bytes
         self._parked: asyncio.Future[None] | None = None
-        self._draining = False
+        self._over: Draining | Expelled | None = None  # why it ends before its source does
 
     def write(self, data: bytes) -> None:
         """See Sink.write; the first bytes have the encoding's opening before them."""
@@ -53,15 +55,15 @@ class ResponseSink(Sink):
         """Delivers everything from the cursor to the end of its source, live once it has caught up.
 
         Returns the last bytes, which are the caller's to end the body with. Raises TooSlow,
-        FellBehind where the log was trimmed past it, Draining, ConnectionError. When it returns or
-        raises, or is cancelled, the sink is in no feed and nothing is written to it any more.
+        FellBehind where the log was trimmed past it, Draining, Expelled, ConnectionError. When it
+        returns or raises, or is cancelled, the sink is in no feed and nothing is written to it.
         """
         self.delivery.enter(self)
         lagged = False
         try:
             while True:
-                if self._draining:
-                    raise Draining
+                if self._over is not None:
+                    raise self._over
                 if self.transport.is_closing():
                     raise ConnectionResetError
                 data = self.read()
@@ -105,8 +107,14 @@ class ResponseSink(Sink):
             return  # its end is on the way
         if self.encoder.framing.comments:
             self.write(b"retry: %d\n\n" % (random.uniform(0, spread) * 1000))
-        self._draining = True
+        self._over = Draining()
         self.lag()
+
+    def expel(self, error: RivuletError) -> None:
+        """See Sink.expel: a client that does not take the words is cut without."""
+        self._over = Expelled(error)
+        self.lag()
+        asyncio.get_running_loop().call_later(PARTING, self.transport.abort)
 
     async def end(self, data: bytes) -> None:
         """Ends the body with these bytes, in one write. Raises as `drained`."""

@@ -27,7 +27,7 @@ from aiohttp.http import WS_KEY, WebSocketReader, WSMessageTextBytes, ws_ext_gen
 
 from streaming.delivery import THROUGH, Delivery, Place, Sink, TooSlow
 from streaming.encoders import DEFLATED, WEBSOCKET, Encoder, encoder, text_frame
-from streaming.errors import BadRequest
+from streaming.errors import BadRequest, RivuletError
 from streaming.events import JSON
 from streaming.frames import ROOMS
 from streaming.log import FellBehind
@@ -172,6 +172,11 @@ class SocketSink(Sink):
             self.write(PING + b"\x00")
         elif self._catching_up is None and not 0 < self._left < before:
             self.transport.abort()
+
+    def expel(self, error: RivuletError) -> None:
+        """See Sink.expel."""
+        self.send({"type": "error", **error.body()})
+        self.close(4000 + error.status, error.code)
 
     def leaving(self, window: float) -> asyncio.Task[None]:
         """See Sink.leaving: what runs in its rooms is there for it when it is back."""
