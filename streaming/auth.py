@@ -34,9 +34,9 @@ EVERYBODY = Grants.read(["*"])
 SERVICE = Grants.read({"*": ACTIONS})
 # Which signatures a key can have made. The token's header only chooses among them: a public key is
 # never the secret of an HS token, and `none` stands nowhere.
-SECRET = ("HS256", "HS384", "HS512")
-RSA = ("RS256", "RS384", "RS512")
-CURVES = {"secp256r1": ("ES256",), "secp384r1": ("ES384",), "secp521r1": ("ES512",)}
+HS = ("HS256", "HS384", "HS512")
+RS = ("RS256", "RS384", "RS512")
+ES = {"secp256r1": ("ES256",), "secp384r1": ("ES384",), "secp521r1": ("ES512",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Auth:
     def __init__(self, cfg: config.Auth) -> None:
         self.open = cfg.mode == "open"
         self._config = cfg
-        self._secret = [_Key(SECRET, cfg.jwt_secret)] if cfg.jwt_secret else []
+        self._secret = [_Key(HS, cfg.jwt_secret)] if cfg.jwt_secret else []
         self._public: _File[list[_Key]] = _File(cfg.jwt_key, _public_keys, [])
         try:
             self._keys = _File(cfg.keys_file, self._with_file, self._index(()))
@@ -222,15 +222,15 @@ def _public_keys(raw: bytes, suffix: str) -> list[_Key]:
         except (ValueError, UnsupportedAlgorithm):
             raise ValueError("is neither a PEM public key nor a JWKS") from None
         if isinstance(key, RSAPublicKey):
-            return [_Key(RSA, key)]
-        if isinstance(key, EllipticCurvePublicKey) and key.curve.name in CURVES:
-            return [_Key(CURVES[key.curve.name], key)]
+            return [_Key(RS, key)]
+        if isinstance(key, EllipticCurvePublicKey) and key.curve.name in ES:
+            return [_Key(ES[key.curve.name], key)]
         raise ValueError("is neither an RSA key nor one on P-256, P-384 or P-521")
     try:
         found = jwt.PyJWKSet.from_json(raw.decode()).keys
     except (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError):
         raise ValueError("is no JWKS with a key that can be used") from None
-    usable = (*RSA, *(name for names in CURVES.values() for name in names))
+    usable = (*RS, *(name for names in ES.values() for name in names))
     keys = [
         _Key((each.algorithm_name,), each.key, each.key_id)
         for each in found

@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 
 from streaming import config
 from streaming.errors import TooMany, Unavailable
+from streaming.schema import Network
 
 T = TypeVar("T")
 
@@ -221,7 +222,7 @@ def _network(ip: str) -> str:
     return address.exploded[:19]
 
 
-def client_ip(peer: str, forwarded: str, trusted: Sequence[config.Network]) -> str:
+def client_ip(peer: str, forwarded: str, trusted: Sequence[Network]) -> str:
     """The address of whoever asks. peer: who is connected. forwarded: X-Forwarded-For, all of it.
 
     Read from its end, as far as each that says something is trusted: the rest anybody may claim.
@@ -237,7 +238,7 @@ def client_ip(peer: str, forwarded: str, trusted: Sequence[config.Network]) -> s
     return client
 
 
-def _among(ip: str, networks: Sequence[config.Network]) -> bool:
+def _among(ip: str, networks: Sequence[Network]) -> bool:
     try:
         address = ipaddress.ip_address(ip)
     except ValueError:

@@ -215,7 +215,12 @@ async def test_memory_is_bounded_and_swept(monkeypatch: pytest.MonkeyPatch) -> N
     assert [await _there(each, ticket) for ticket in rest] == [False] * 9 + [True] * 9
     monkeypatch.setattr(tickets, "FRESH", 0.01)
     await store.put("brief", b"", 0.01)
-    await until(lambda: (each.keep(), "brief" not in store._kept)[1])
+
+    def swept() -> bool:
+        each.keep()
+        return "brief" not in store._kept
+
+    await until(swept)
 
 
 async def test_a_ticket_is_taken_once_where_redis_answers_late(redis_server: Any) -> None:
