@@ -1,4 +1,4 @@
-"""The vigil: whoever may read no more is sent away, within a second, wherever they are connected."""
+"""The vigil: whoever may read no more is sent away within a second, wherever they read."""
 
 from __future__ import annotations
 
