@@ -227,6 +227,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if arguments.check_config:
+        try:
+            Auth(config.auth)
+        except CannotStart as error:
+            print(error, file=sys.stderr)
+            return 2
         print("the configuration is good")
         return 0
     logs.start()

@@ -24,6 +24,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from handlers.identity import check_service
 from handlers.keys import CHANNELS, CONFIG, DELIVERY, GENERATIONS, METRICS, ROOMS, STATE
 from streaming.delivery import Sink
 from streaming.metrics import Histogram, Metrics
@@ -231,7 +232,8 @@ class _Collector(Collector):
 
 
 async def metrics(request: web.Request) -> web.Response:
-    """GET /metrics: OpenMetrics where `Accept` asks for it."""
+    """GET /metrics, for services: OpenMetrics where `Accept` asks for it."""
+    check_service(request)
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(request.app))
     encode, content_type = choose_encoder(request.headers.get("Accept", ""))
