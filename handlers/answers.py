@@ -133,7 +133,7 @@ def _parting(request: web.Request, sink: ResponseSink, error: RivuletError) -> b
     (cursor,) = sink.cursors.values()
     place = Position(cursor.log.epoch, cursor.offset) if isinstance(cursor, Cursor) else NOWHERE
     body, dialect = error.body(request[REQUEST_ID]), sink.encoder.dialect
-    data = body if dialect in (FRAMES, CHANNEL) else {"error": body}
+    data = body if dialect in (FRAMES, CHANNEL) else {"error": body, "status": error.status}
     type = "error" if dialect is FRAMES else "failed"
     return sink.encoder.encode([Event(type, data, place, now_ms(), cursor.logs[0].origin)])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 from aiohttp import web
 
@@ -30,7 +30,8 @@ async def identify(request: web.Request) -> Identity:
     ticket = ticket_of(request)
     if ticket:
         tickets, asked = request.app[TICKETS], target(request.raw_path)
-        return await tickets.redeem(ticket, asked, _is_socket(request))
+        with suppress(*([Unauthorized] if auth.open else [])):  # there any or no token is taken
+            return await tickets.redeem(ticket, asked, _is_socket(request))
     if auth.open:
         return auth.guest(_claimed(request))
     token = _token(request)

@@ -7,13 +7,12 @@ could not read, unless its origin is listed.
 
 from __future__ import annotations
 
-import ipaddress
 import re
 
 from aiohttp import web
 
 from handlers.keys import CONFIG
-from streaming.config import Cors
+from streaming.config import Cors, is_loopback
 from streaming.errors import Forbidden
 
 EXPOSED = ", ".join(
@@ -33,7 +32,7 @@ def check_host(request: web.Request) -> None:
     the same origin (DNS rebinding): only names of loopback are answered to. Raises Forbidden.
     """
     auth, host = request.app[CONFIG].auth, request.headers.get("Host")
-    if auth.mode == "open" and not auth.open_anywhere and host and not is_loopback(host):
+    if auth.mode == "open" and not auth.open_anywhere and host and not names_loopback(host):
         message = "in open mode this server answers to localhost only (auth.open_anywhere)"
         raise Forbidden(message, code="host_not_allowed")
 
@@ -56,14 +55,11 @@ def is_listed(request: web.Request, cors: Cors) -> bool:
     return request.headers.get("Origin") in cors.origins
 
 
-def is_loopback(host: str) -> bool:
+def names_loopback(host: str) -> bool:
     """Whether a `Host` names this machine to itself."""
     parts = _HOST.fullmatch(host)
     name = (parts[1] or parts[2]).rstrip(".").lower() if parts else ""
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost" or name.endswith(".localhost")
+    return is_loopback(name) or name.endswith(".localhost")
 
 
 def preflight(request: web.Request) -> web.Response | None:

@@ -29,7 +29,7 @@ logger = logging.getLogger("rivulet.auth")
 T = TypeVar("T")
 
 TOKEN_CHARS = 8192  # of a token: one that is longer is not looked at
-USER_CHARS = 256
+USER_CHARS = 128
 EVERYBODY = Grants.read(["*"])
 SERVICE = Grants.read({"*": ACTIONS})
 # Which signatures a key can have made. The token's header only chooses among them: a public key is

@@ -149,7 +149,7 @@ async def test_a_body_that_is_too_large(strict: Server, post: Post) -> None:
     large = json.dumps({**post.body, "x": "x" * 70_000}).encode()
     assert await body_refused(strict, post, large) == (413, "too_large", "body")
     chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(large), large)
-    raw = f"POST {post.path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    raw = f"POST {post.path} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
     async with ask("GET", strict.url + "/health", keep_alive=True) as answer:
         await answer.body()
         connection = answer.connection

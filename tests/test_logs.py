@@ -93,17 +93,17 @@ HANDSHAKE = (
 RAW = (
     f"GET /health?token={SECRET} HTTP/9.9\r\n\r\n",
     f"GET /health?token={SECRET}\x01 HTTP/1.1\r\n\r\n",
-    f"GET /nowhere?ticket={SECRET} HTTP/1.1\r\nHost: x\r\n\r\n",
-    f"GET http://user:{SECRET}@host:99999/ HTTP/1.1\r\nHost: x\r\n\r\n",
+    f"GET /nowhere?ticket={SECRET} HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    f"GET http://user:{SECRET}@host:99999/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
     f"GET /health HTTP/1.1\r\nAuthorization : Bearer {SECRET}\r\n\r\n",
     f"GET /health HTTP/1.1\r\nX-API-Key: {SECRET}\x00\r\n\r\n",
     f"GET /health HTTP/1.1\r\nCookie: {SECRET * 2000}\r\n\r\n",
-    f"GET /{'x' * 70_000}?{SECRET} HTTP/1.1\r\nHost: x\r\n\r\n",
-    f"POST /stream HTTP/1.1\r\nHost: x\r\nContent-Length: {SECRET}\r\n\r\n",
-    f"POST /stream HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n{SECRET}\r\n",
+    f"GET /{'x' * 70_000}?{SECRET} HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    f"POST /stream HTTP/1.1\r\nHost: localhost\r\nContent-Length: {SECRET}\r\n\r\n",
+    f"POST /stream HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n{SECRET}\r\n",
     f"POST /stream HTTP/1.1\r\nContent-Encoding: gzip\r\nContent-Length: 6\r\n\r\n{SECRET}",
-    f"GET /ws?ticket={SECRET} HTTP/1.1\r\nHost: x\r\n{HANDSHAKE}\xff\xff{SECRET}",
-    f"GET /echo?ticket={SECRET} HTTP/1.1\r\nHost: x\r\n{HANDSHAKE}\xff\xff{SECRET}",
+    f"GET /ws?ticket={SECRET} HTTP/1.1\r\nHost: localhost\r\n{HANDSHAKE}\xff\xff{SECRET}",
+    f"GET /echo?ticket={SECRET} HTTP/1.1\r\nHost: localhost\r\n{HANDSHAKE}\xff\xff{SECRET}",
 )
 
 

@@ -26,5 +26,5 @@ def test_it_names_what_is_logged() -> None:
 
 def test_it_names_every_reason_not_to_be_ready() -> None:
     """What `/ready` can say."""
-    said = re.findall(r'_run_with\(app, "(\w+)"', (ROOT / "app.py").read_text())
+    said = re.findall(r'needs\["(\w+)"\]', (ROOT / "app.py").read_text())
     assert said and all(f"| `{reason}` |" in PAGE.read_text() for reason in said)
