@@ -13,6 +13,7 @@ command -v npm >/dev/null || missing+=(npm)
 [[ -x /usr/sbin/nginx ]] || missing+=(nginx)
 command -v redis-server >/dev/null || missing+=(redis-server)
 command -v redis-sentinel >/dev/null || missing+=(redis-sentinel)
+command -v wrk >/dev/null || missing+=(wrk) # for docs/load-testing.md
 "${PYTHON:-python3}" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
 
 if ((${#missing[@]})); then
