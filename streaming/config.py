@@ -29,8 +29,8 @@ _URL = (
     "must be an http:// or https:// URL without user, query and fragment",
 )
 _REDIS = (
-    r"((rediss?|unix|rediss?\+sentinel)://[!-~]+)?",
-    "must be a redis://, rediss://, unix:// or redis+sentinel:// URL",
+    r"((rediss?|unix|rediss?\+(sentinel|cluster))://[!-~]+)?",
+    "must be a redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// URL",
 )
 
 
@@ -162,7 +162,9 @@ class Limits:
 class Redis:
     """The bridge to other instances; without a url there is none."""
 
-    url: str = _text("", _REDIS, "redis://, rediss://, unix:// or redis+sentinel://.")
+    url: str = _text(
+        "", _REDIS, "redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://."
+    )
     prefix: str = _text("rivulet:", _SECRET, "Of all keys and channels of ours.")
     lease: float = _number(10.0, 0.1, 3600, "Seconds of silence after which an instance is lost.")
 
