@@ -110,7 +110,11 @@ class Channels:
         return channel.readers
 
     def _heard(self, channel: _Channel, message: bytes) -> None:
-        """From any process: `{"event", "data", "timestamp"?}`. What is no such thing is dropped."""
+        """From any process: `{"event", "data", "timestamp"?}`. What is no such thing is dropped;
+        b"" says that something may have passed unheard, which is lost.
+        """
+        if not message:
+            return
         try:
             said = orjson.loads(message)
             event, data = said["event"], said.get("data")

@@ -209,7 +209,9 @@ class Limits:
 class Redis:
     """The bridge to other instances; without a url there is none."""
 
-    url: str = text("", REDIS, "redis://, rediss://, unix:// or redis+sentinel://.")
+    url: str = text(
+        "", REDIS, "redis://, rediss://, unix://, redis+sentinel:// or redis+cluster://."
+    )
     prefix: str = text("rivulet:", SECRET, "Of all keys and channels of ours.")
     lease: float = number(10.0, 0.1, 3600, "Seconds of silence after which an instance is lost.")
 

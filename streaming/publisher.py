@@ -19,12 +19,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import aiohttp
 
 logger = logging.getLogger("rivulet.publisher")
 
 JSON = dict[str, Any]
+REDIS = "redis://", "rediss://", "unix://", "redis+cluster://", "rediss+cluster://"
 
 
 class PublishError(Exception):
@@ -69,24 +71,44 @@ class _Redis:
 
     def __init__(self, url: str, timeout: float) -> None:
         # Only who publishes this way needs it. redis-py would repeat an event without a word.
-        from redis.asyncio import Redis
+        from redis.asyncio import Redis, RedisCluster
+        from redis.asyncio.cluster import ClusterNode
         from redis.asyncio.retry import Retry
         from redis.backoff import NoBackoff
 
+        times: Any = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
         once = Retry(NoBackoff(), 0)
-        self._redis = Redis.from_url(
-            url, socket_timeout=timeout, socket_connect_timeout=timeout, retry=once
-        )
+        self._redis: Redis | RedisCluster
+        if "+cluster://" in url:
+            parts = urlsplit(url)
+            login, at, hosts = parts.netloc.rpartition("@")
+            named = [urlsplit(f"//{host}") for host in hosts.split(",")]
+            nodes = [ClusterNode(host.hostname or "", host.port or 6379) for host in named]
+            scheme = parts.scheme.removesuffix("+cluster")
+            url = parts._replace(scheme=scheme, netloc=login + at + named[0].netloc).geturl()
+            self._redis = RedisCluster.from_url(url, startup_nodes=nodes, retry=once, **times)
+        else:
+            self._redis = Redis.from_url(url, retry=once, **times)
+
+    async def _say(self, name: str, message: str) -> int:
+        """In a cluster at the node where instances listen: all hear it, but one counts its own."""
+        from redis.asyncio import RedisCluster
+
+        if not isinstance(self._redis, RedisCluster):
+            return int(await self._redis.publish(name, message))
+        await self._redis.initialize()
+        node = self._redis.get_node_from_key(name)
+        return int(await self._redis.execute_command("PUBLISH", name, message, target_nodes=node))
 
     async def publish(self, user_id: str, channel: str, event: str, data: JSON) -> int:
-        from redis.exceptions import RedisError
+        from redis.exceptions import RedisClusterException, RedisError
 
         if not channel or ":" in channel:
             raise PublishError("a channel's name has no `:`", 422)
         message = json.dumps({"event": event, "data": data})
         try:
-            return int(await self._redis.publish(f"sse:{channel}:{user_id}", message))
-        except (RedisError, OSError, TimeoutError) as error:
+            return await self._say(f"sse:{channel}:{user_id}", message)
+        except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
             raise PublishError(f"{type(error).__name__}: {error}") from error
 
     async def close(self) -> None:
@@ -107,10 +129,10 @@ class Publisher:
         self._way: _Server | _Redis
         if url.startswith(("http://", "https://")):
             self._way = _Server(url, key, timeout)
-        elif url.startswith(("redis://", "rediss://", "unix://")):
+        elif url.startswith(REDIS):
             self._way = _Redis(url, timeout)
         else:
-            raise ValueError("a URL begins with http://, https://, redis://, rediss:// or unix://")
+            raise ValueError(f"a URL begins with http://, https://, {', '.join(REDIS)}")
 
     async def __aenter__(self) -> Self:
         return self

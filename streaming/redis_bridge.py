@@ -17,6 +17,7 @@ from streaming.delivery import Delivery
 from streaming.errors import Unavailable
 from streaming.events import new_epoch
 from streaming.generations import Generations
+from streaming.redis_cluster import Cluster
 from streaming.redis_doors import RedisCounts, RedisStore
 from streaming.redis_link import Link
 from streaming.redis_mirror import RedisMirror
@@ -35,7 +36,9 @@ class RedisBridge:
         me, prefix, lease = new_epoch()[:16], cfg.redis.prefix, cfg.redis.lease
         self._lease = lease
         self._period = lease / 5
-        self.link = Link(cfg.redis.url, f"{prefix}instance:{me}", self._restored, self._told)
+        own = f"{prefix}{{instance}}:{me}"
+        kind = Cluster if "+cluster://" in cfg.redis.url else Link
+        self.link = kind(cfg.redis.url, own, self._restored, self._told)
         self.rooms = RedisRooms(self.link, me, prefix, cfg.rooms, delivery)
         self.mirror = RedisMirror(self.link, me, prefix, cfg.generation, lease)
         self.tickets = RedisStore(self.link, prefix)
@@ -77,22 +80,22 @@ class RedisBridge:
         self.counts.restored()
 
     def _told(self, message: bytes) -> None:
-        self.mirror.heard(orjson.loads(message))
+        if message:
+            self.mirror.heard(orjson.loads(message))
 
     async def _tend(self) -> None:
         while True:
-            if self.link.up:
-                before = self.mirror.renewed
-                try:
-                    await self.mirror.tend()
-                    if self.mirror.renewed - before > self._lease:
-                        self.counts.restored()  # others may have taken this instance for lost
-                    self.counts.tend()
-                    self.rooms.rooms.sweep()
-                except Unavailable:
-                    pass  # the link says so
-                except Exception:
-                    logger.exception("bridge broke")
+            before = self.mirror.renewed
+            try:
+                await self.mirror.tend()
+                if self.mirror.renewed - before > self._lease:
+                    self.counts.restored()  # others may have taken this instance for lost
+                self.counts.tend()
+                self.rooms.rooms.sweep()
+            except Unavailable:
+                pass  # the link says so
+            except Exception:
+                logger.exception("bridge broke")
             try:
                 async with asyncio.timeout(self._period):
                     await self._due.wait()

@@ -78,7 +78,7 @@ class RedisCounts:
         said = await self._link.command("HGETALL", key)
         pairs = said.items() if isinstance(said, dict) else zip(said[::2], said[1::2], strict=True)
         counts = {name.decode(): int(n) for name, n in pairs if name.decode() != self._me}
-        leases = (f"{self._prefix}instance:{name}" for name in counts)
+        leases = (f"{self._prefix}{{instance}}:{name}" for name in counts)
         alive = await asyncio.gather(*(self._link.command("EXISTS", lease) for lease in leases))
         there = dict(zip(counts, alive, strict=True))
         if gone := [name for name in counts if not there[name]]:

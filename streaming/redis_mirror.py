@@ -121,17 +121,16 @@ class RedisMirror:
         ]
 
     def _withdraw(self, generation: Producer) -> None:
-        if self._link.up:
-            self._link.command("DEL", self.replicas.key(generation.id, "meta"))
+        self._link.command("DEL", self.replicas.key(generation.id, "meta"))
 
     def _idempotent(self, key: Key) -> str:
         return f"{self._prefix}key:{{{hashed(f'{key.scope} {key.key}'.encode())}}}"
 
     def free(self, key: Key, stream_id: str) -> None:
         """See Mirror.free."""
-        if self._link.up:  # else whoever comes with it sees how it ended
-            value = f"{stream_id} {hashed(key.digest)}"
-            self._link.call(FREE, [self._idempotent(key)], value)
+        # Where it is not done, whoever comes with it sees how it ended.
+        value = f"{stream_id} {hashed(key.digest)}"
+        self._link.call(FREE, [self._idempotent(key)], value)
 
     def _follow(self, generation: Producer) -> None:
         mirrored = self._mirrored[generation.id] = _Mirrored(generation)
@@ -148,11 +147,11 @@ class RedisMirror:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self._link.up:
-            return  # `restored` comes back to them
         dirty, self._dirty = self._dirty, {}
-        for mirrored in dirty.values():
-            if not mirrored.sending and mirrored.offset < mirrored.generation.log.top:
+        for id, mirrored in dirty.items():
+            if not self._link.reaches(self.replicas.key(id, "meta")):
+                self._dirty[id] = mirrored  # `restored` comes back to it
+            elif not mirrored.sending and mirrored.offset < mirrored.generation.log.top:
                 self._send(mirrored)
 
     def _send(self, mirrored: _Mirrored) -> None:
@@ -174,17 +173,13 @@ class RedisMirror:
         generation = mirrored.generation
         if answer.cancelled() or answer.exception() is not None:
             self._dirty[generation.id] = mirrored
-            if self._link.up:  # Redis refuses, or was slow once
-                asyncio.get_running_loop().call_later(AGAIN, self._flush)
+            asyncio.get_running_loop().call_later(AGAIN, self._flush)  # Redis may have been slow
             return
         reply = answer.result()
         if isinstance(reply, int) and reply < 0:
             self._drop(mirrored)
             self.generations.drop(generation)
             generation.fenced(owner_lost(), -reply)
-            return
-        if not self._link.up:
-            self._dirty[generation.id] = mirrored
             return
         if reply == b"lost":  # Redis has lost it: all of it again
             mirrored.offset = 0
@@ -233,12 +228,9 @@ class RedisMirror:
             self._send(self._mirrored[generation.id])
 
     def restored(self) -> None:
-        """Redis is heard again: what was made goes there, what was missed comes."""
-        self._assure()
-        self.replicas.restored()
-
-    def _assure(self) -> None:
-        """Others may have taken this instance for lost, and ended what it makes."""
+        """Redis is heard again, or this instance's lease was over: what was made goes there. Others
+        may have taken it for lost, and ended what it makes.
+        """
         for mirrored in self._mirrored.values():
             if not mirrored.sending:
                 self._send(mirrored)
@@ -255,8 +247,8 @@ class RedisMirror:
             # What kept this instance from renewing its lease in time, may have kept others.
             self._steady = now
         if known is None and self.renewed > 0:
-            self._assure()
-            self.rooms.present()
+            self.restored()
+            self.rooms.restored()
         self.renewed = now
         gone: list[str] = []
         names = sorted(self.replicas.makers() | self.rooms.instances())
@@ -277,8 +269,7 @@ class RedisMirror:
     def close(self) -> None:
         """Gives up the lease, and ends."""
         self.replicas.close()
-        if self._link.up:
-            self._link.command("DEL", self.replicas.instance(self._me))
+        self._link.command("DEL", self.replicas.instance(self._me))
 
 
 def _told(event: Event) -> list[Any]:

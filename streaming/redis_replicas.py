@@ -8,6 +8,7 @@ Redis, once.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -16,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from streaming.dialects import DIALECTS, ENDINGS
-from streaming.errors import RivuletError
+from streaming.errors import RivuletError, Unavailable
 from streaming.events import JSON
 from streaming.generation import Generation
 from streaming.log import Log, now_ms
-from streaming.redis_link import Link, unavailable
+from streaming.redis_link import Link
+from streaming.redis_node import unavailable
 from streaming.redis_scripts import END
 from streaming.rooms import Room
 from streaming.writer import CHARS_PER_TOKEN
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from streaming.redis_rooms import RedisRooms
 
 ABOVE = 1_000_000_000  # how far above the mirror the end of a lost generation stands
+AGAIN = 1.0  # seconds until what could not be read is tried again
 UNUSED = 30.0  # seconds after which a replica that nobody reads is let go of
 
 
@@ -80,8 +83,10 @@ class Replicas:
         return f"{self._prefix}stream:{{{stream_id}}}:{kind}"
 
     def instance(self, name: str) -> str:
-        """The channel of an instance, and the key of its lease."""
-        return f"{self._prefix}instance:{name}"
+        """The channel of an instance, and the key of its lease. In a cluster all are on one node,
+        so that who cannot renew its own does not take others for gone.
+        """
+        return f"{self._prefix}{{instance}}:{name}"
 
     def _task(self, coroutine: Any) -> asyncio.Task[Any]:
         task = asyncio.create_task(coroutine)
@@ -142,8 +147,19 @@ class Replicas:
         return replica.loading
 
     async def _read(self, replica: Replica) -> None:
+        channel = self.key(replica.id, "events")
+        await self._link.subscribe(channel, partial(self._hear, replica), ours=True)
+        try:
+            while not await self._look(replica):
+                pass
+        except Unavailable:
+            if replica.loaded and self._link.reaches(channel):  # else it is said later
+                asyncio.get_running_loop().call_later(AGAIN, self._hear, replica, b"")
+            raise
+
+    async def _look(self, replica: Replica) -> bool:
+        """Takes what Redis has, and what was heard meanwhile; whether nothing is missing."""
         id = replica.id
-        await self._link.subscribe(self.key(id, "events"), partial(self._hear, replica))
         meta, entries = await asyncio.gather(
             self._link.command("HGETALL", self.key(id, "meta")),
             self._link.command("XRANGE", self.key(id, "log"), f"({replica.log.top}-0", "+"),
@@ -152,7 +168,7 @@ class Replicas:
         if not meta:
             if replica.loaded:  # Redis has lost it
                 self._tell(replica, {"again": id})
-            return
+            return True
         if not replica.loaded:
             fields = {name.decode(): value.decode() for name, value in meta.items()}
             replica.maker, replica.owner = fields["maker"], fields["owner"]
@@ -164,21 +180,22 @@ class Replicas:
         for offset, entry in entries:
             model, events = orjson.loads(entry[b"e"])
             self._apply(replica, int(offset.partition(b"-")[0]) - len(events) + 1, model, events)
-        for message in pending:
-            self._take(replica, message)
+        taken = [self._take(replica, message) for message in pending]
+        return all(taken)
 
     def _hear(self, replica: Replica, message: bytes) -> None:
         if replica.loading is not None and not replica.loading.done():
             replica.pending.append(message)
-        else:
-            self._take(replica, message)
-
-    def _take(self, replica: Replica, message: bytes) -> None:
-        first, told = message.split(b" ", 1)
-        if int(first) > replica.log.top + 1:
+        elif not self._take(replica, message):
             self._load(replica)  # what is between; a hole that is in Redis too is one
-        else:
-            self._apply(replica, int(first), *orjson.loads(told))
+
+    def _take(self, replica: Replica, message: bytes) -> bool:
+        """Whether it could be taken: something before it may be missing."""
+        first, _, told = message.partition(b" ")
+        if not message or int(first) > replica.log.top + 1:
+            return False
+        self._apply(replica, int(first), *orjson.loads(told))
+        return True
 
     def _apply(self, replica: Replica, first: int, model: str, events: Sequence[Any]) -> None:
         log = replica.log
@@ -199,20 +216,13 @@ class Replicas:
                 log.close()
                 self._link.unsubscribe(self.key(replica.id, "events"))
 
-    def restored(self) -> None:
-        """Redis is heard again: what was missed comes."""
-        for replica in self._held.values():
-            if replica.loaded and replica.ending is None:
-                self._load(replica)
-
     # --- their makers
 
     def _tell(self, replica: Replica, word: JSON) -> None:
-        if not self._link.up:
-            if "stop" in word:
-                raise unavailable()
-            return
-        self._link.say(self.instance(replica.maker), orjson.dumps(word))
+        channel = self.instance(replica.maker)
+        if "stop" in word and not self._link.reaches(channel):
+            raise unavailable()
+        self._link.say(channel, orjson.dumps(word))
 
     def _room(self, replica: Replica) -> Room | None:
         """The room that does not know yet of its end, where that room is held here."""
@@ -227,7 +237,7 @@ class Replicas:
 
     async def tend(self, gone: Iterable[str]) -> None:
         """From time to time: says what is read here, ends what has lost its maker, and lets go of
-        what nobody reads. Raises Unavailable.
+        what nobody reads.
         """
         read: dict[str, list[str]] = {}
         for replica in self._held.values():
@@ -238,7 +248,8 @@ class Replicas:
         lost = set(gone)
         for replica in [r for r in self._held.values() if r.loaded and r.maker in lost]:
             if replica.ending is None or self._room(replica):
-                await self._bury(replica)
+                with contextlib.suppress(Unavailable):  # the others may be elsewhere
+                    await self._bury(replica)
         now = time.monotonic()
         for replica in list(self._held.values()):
             used = replica.readers or replica.log.listeners or now - replica.used < UNUSED

@@ -29,7 +29,7 @@ from streaming.redis_scripts import DELETE, LOOK, PUBLISH
 from streaming.rooms import KEYS, Keeper, Room, Rooms
 
 MESSAGE_BYTES = 16 << 20  # Redis cuts a subscriber that has more than 32 MB to take
-CONCLUDE_EVERY = 1.0  # seconds between two attempts to tell a room of an end
+AGAIN = 1.0  # seconds between two attempts to read a room, or to tell it of an end
 SETTLING = 1.0  # seconds that this may take while somebody waits
 THEIRS = "keys", "order"  # where idempotency keys of clients are kept, and in what order
 OURS = "sent", "sending"  # the same of ours, of which there are many, for a short time
@@ -108,7 +108,7 @@ class RedisRooms(Keeper):
     async def _open(self, held: _Held) -> None:
         try:
             channel = self._key(held.room, "events")
-            await self._link.subscribe(channel, partial(self._hear, held))
+            await self._link.subscribe(channel, partial(self._hear, held), ours=True)
             await self._load(held)
         except BaseException:
             self.forget(held.room)
@@ -136,14 +136,9 @@ class RedisRooms(Keeper):
             self._link.unsubscribe(self._key(room, "events"))
 
     def restored(self) -> None:
-        """Redis is heard again: every room catches up, and says who is here."""
-        for held in self._held.values():
-            if held.opened:
-                self._reload(held)
-        self.present()
-
-    def present(self) -> None:
-        """Says who is here, and who is not any more: others may not know."""
+        """Redis is heard again, or this instance's lease was over: says who is here, and who is not
+        any more.
+        """
         for held in self._held.values():
             for user in held.room.people:
                 self.entered(held.room, user)
@@ -169,7 +164,12 @@ class RedisRooms(Keeper):
 
     async def _load(self, held: _Held) -> None:
         while True:
-            await self._look(held)
+            try:
+                await self._look(held)
+            except Unavailable:
+                if self._link.reaches(self._key(held.room, "log")):  # else it is said later
+                    asyncio.get_running_loop().call_later(AGAIN, self._hear, held, b"")
+                raise
             held.opened, pending, held.pending = True, held.pending, []
             taken = [self._take(held, message) for message in pending]
             if all(taken):
@@ -201,6 +201,8 @@ class RedisRooms(Keeper):
 
     def _take(self, held: _Held, message: bytes) -> bool:
         """Whether it could be taken: something before it may be missing."""
+        if not message:
+            return False
         if message[:1] == b"{":
             self._passing(held.room, orjson.loads(message))
             return True
@@ -275,7 +277,7 @@ class RedisRooms(Keeper):
             except InvalidField:
                 return  # another instance has told another end of it
             except Unavailable:
-                await asyncio.sleep(CONCLUDE_EVERY)
+                await asyncio.sleep(AGAIN)
             else:
                 return
 
@@ -287,9 +289,8 @@ class RedisRooms(Keeper):
 
     def entered(self, room: Room, user: str) -> None:
         """See Keeper.entered. A field each; those of an instance that crashed go with it."""
-        if self._link.up:
-            self._link.command("HSET", self._key(room, "people"), f"{self._me} {user}", "")
-            self._say(room, {"in": user})
+        self._link.command("HSET", self._key(room, "people"), f"{self._me} {user}", "")
+        self._say(room, {"in": user})
 
     def left(self, room: Room, user: str) -> None:
         """See Keeper.left. Said again where it may not have come through."""
@@ -298,12 +299,9 @@ class RedisRooms(Keeper):
             if answer.cancelled() or answer.exception() is not None:
                 self._unsaid.add((room, user))
 
-        if self._link.up:
-            field = f"{self._me} {user}"
-            self._link.command("HDEL", self._key(room, "people"), field).add_done_callback(said)
-            self._say(room, {"out": user})
-        else:
-            self._unsaid.add((room, user))
+        field = f"{self._me} {user}"
+        self._link.command("HDEL", self._key(room, "people"), field).add_done_callback(said)
+        self._say(room, {"out": user})
 
     def told(self, room: Room, event: Event) -> None:
         """See Keeper.told."""
@@ -352,7 +350,7 @@ class RedisRooms(Keeper):
         for held in self._held.values():
             if instance in held.room.elsewhere:
                 fields = [f"{instance} {user}" for user in held.room.elsewhere[instance]]
-                if fields and self._link.up:
+                if fields:
                     self._link.command("HDEL", self._key(held.room, "people"), *fields)
                 here = held.room.elsewhere.items()
                 self._meet(held.room, {name: users for name, users in here if name != instance})

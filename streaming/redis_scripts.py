@@ -11,19 +11,21 @@ that has written something may go on.
 
 from __future__ import annotations
 
-from streaming.redis_link import Script
+from streaming.redis_node import Script
 
 # The life of a room: another begins where its hash or stream is missing, they disagree, or the data
-# have been through another start of Redis or another server, which may have taken offsets back.
+# have been through another start of Redis or another server, which may have taken offsets back. In
+# the last case what is there stays there.
 _LIFE = """
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local meta = redis.call('HMGET', KEYS[1], 'epoch', 'top', 'run', 'bytes')
 local epoch, top, bytes = meta[1], tonumber(meta[2] or 0), tonumber(meta[4] or 0)
 local last = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)[1]
-if not epoch or meta[3] ~= run or (last and last[1] or '0-0') ~= top .. '-0' then
-  epoch, top, bytes = ARGV[1], 0, 0
-  redis.call('HSET', KEYS[1], 'epoch', epoch, 'top', 0, 'run', run, 'bytes', 0)
-  redis.call('DEL', KEYS[2])
+local whole = epoch and (last and last[1] or '0-0') == top .. '-0'
+if not whole or meta[3] ~= run then
+  epoch, top, bytes = ARGV[1], whole and top or 0, whole and bytes or 0
+  redis.call('HSET', KEYS[1], 'epoch', epoch, 'top', top, 'run', run, 'bytes', bytes)
+  if not whole then redis.call('DEL', KEYS[2]) end
 end
 """
 

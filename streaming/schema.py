@@ -37,8 +37,8 @@ URL = Form(
     "must be an http:// or https:// URL without user, query and fragment",
 )
 REDIS = Form(
-    r"((rediss?|unix|rediss?\+sentinel)://[!-~]+)?",
-    "must be a redis://, rediss://, unix:// or redis+sentinel:// URL",
+    r"((rediss?|unix|rediss?\+(sentinel|cluster))://[!-~]+)?",
+    "must be a redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// URL",
     secret=True,
 )
 USER = Form(r"\S(.{0,254}\S)?", "must have 1 to 256 characters, none of them a space at the ends")

@@ -20,9 +20,11 @@ from tests.browser import Browser
 from tests.front import Front
 from tests.nginx import Way
 from tests.processes import Server, UpstreamProcess
+from tests.redis_cluster import RedisCluster
 from tests.redis_server import RedisServer, Wire
 
 SOAK = os.environ.get("SOAK") == "1"
+CLUSTER = os.environ.get("CLUSTER") == "1"
 CI = os.environ.get("CI", "").lower() in ("1", "true")
 collect_ignore = [] if SOAK else ["test_image.py"]  # minutes of making a Debian
 StartServer = Callable[..., Server]
@@ -129,9 +131,9 @@ async def instances(tmp_path: Path, upstream: UpstreamProcess) -> AsyncIterator[
 def trio(
     tmp_path_factory: pytest.TempPathFactory, upstream: UpstreamProcess
 ) -> Iterator[Instances]:
-    """Three instances on one Redis, for tests that do them no harm."""
+    """Three instances on one Redis, for tests that do them no harm; CLUSTER=1: on a cluster."""
     directory = tmp_path_factory.mktemp("trio")
-    redis = RedisServer(directory / "redis")
+    redis = (RedisCluster if CLUSTER else RedisServer)(directory / "redis")
     three = Instances(directory, upstream, redis.url)
     asyncio.run(three.add(3))
     yield three

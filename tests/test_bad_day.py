@@ -194,7 +194,7 @@ async def test_a_slow_link(
         async with answering(three, 3) as answer:
             seen = await attach(three.c, answer.stream_id, CHAT)
             assert (seen.ending, seen.text) == ("finished", expected(answer.model, PROMPT))
-            assert await ready(three.c)
+            await tells(True, three.c)  # its lease is so short that it is late now and then
         await day.ends(gaps=False)
     await works(three)
 

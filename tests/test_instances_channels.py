@@ -84,9 +84,10 @@ async def test_the_publisher_by_redis(
             await publisher.publish("ann", "a:b", "x", {})
 
 
-async def test_the_publisher_without_redis() -> None:
+@pytest.mark.parametrize("scheme", ["redis", "redis+cluster"])
+async def test_the_publisher_without_redis(scheme: str) -> None:
     """Says so; nothing is tried again."""
-    async with Publisher(f"redis://127.0.0.1:{free_port()}", timeout=5) as publisher:
+    async with Publisher(f"{scheme}://127.0.0.1:{free_port()}", timeout=5) as publisher:
         with pytest.raises(PublishError):
             await publisher.publish("ann", "work", "x", {})
 
