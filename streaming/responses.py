@@ -15,6 +15,7 @@ from aiohttp_sse import EventSourceResponse
 
 from streaming.delivery import Delivery, Draining, Place, Sink
 from streaming.encoders import TEXT, Encoder
+from streaming.frames import ROOMS
 
 STREAM_HEADERS = {
     "Cache-Control": "no-cache, no-transform",
@@ -42,6 +43,7 @@ class ResponseSink(Sink):
         self.cursors[cursor.source] = cursor
         self._opening = encoder.opening  # goes out with the first bytes
         self._parked: asyncio.Future[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
         self._draining = False
 
     def write(self, data: bytes) -> None:
@@ -78,6 +80,8 @@ class ResponseSink(Sink):
                     lagged = await self._parked_live()
         finally:
             self.delivery.leave(self)
+            if self._leaving is not None:
+                self._leaving.cancel()
 
     async def _parked_live(self) -> bool:
         """Stays live until it is put out; whether its socket was the reason."""
@@ -105,6 +109,17 @@ class ResponseSink(Sink):
             self.write(b"retry: %d\n\n" % (random.uniform(0, spread) * 1000))
         self._draining = True
         self.lag()
+
+    def leaving(self, window: float) -> asyncio.Task[None] | None:
+        """See Sink.leaving: only of a room, in NDJSON, which has no word for when to come back."""
+        if self.encoder.dialect is not ROOMS or self.encoder.framing.comments:
+            return None
+        self._leaving = asyncio.create_task(self._leave(random.uniform(0, window)))
+        return self._leaving
+
+    async def _leave(self, wait: float) -> None:
+        await asyncio.sleep(wait)
+        self.drain(0)
 
     async def end(self, data: bytes) -> None:
         """Ends the body with these bytes, in one write. Raises as `drained`."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
-from tests.readers import Connection
+from tests.readers import Connection, Refused
 
 CONTINUE, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 
@@ -113,7 +113,7 @@ class RawSocket:
 async def dial(
     url: str, path: str, headers: dict[str, str] | None = None, receive_buffer: int = 0
 ) -> RawSocket:
-    """Opens a WebSocket. receive_buffer as in `Connection.open`."""
+    """Opens a WebSocket. receive_buffer as in `Connection.open`. Raises Refused."""
     connection = Connection(url)
     await connection.open(receive_buffer)
     asked = {
@@ -123,8 +123,13 @@ async def dial(
         "Sec-WebSocket-Key": base64.b64encode(os.urandom(16)).decode(),
         **(headers or {}),
     }
-    answer = await connection.request("GET", path, headers=asked)
-    assert answer.status == 101, answer.status
+    try:
+        answer = await connection.request("GET", path, headers=asked)
+        if answer.status != 101:
+            raise Refused(answer)
+    except BaseException:
+        connection.cut()
+        raise
     return RawSocket(connection, answer.headers)
 
 
