@@ -116,12 +116,9 @@ async def presence(request: web.Request) -> web.Response:
 
 
 async def rooms(request: web.Request) -> web.Response:
-    """GET /api/v1/rooms: which rooms live."""
-    listed = [
-        {"room": room.name, "members": len(room.members), "position": str(room.log.position)}
-        for room in request.app[ROOMS]
-    ]
-    return json_response({"rooms": listed})
+    """GET /api/v1/rooms: which rooms live, on any instance. It says so where one did not answer."""
+    listed, whole = await request.app[ROOMS].listed()
+    return json_response({"rooms": listed, **({} if whole else {"incomplete": True})})
 
 
 async def delete(request: web.Request) -> web.Response:

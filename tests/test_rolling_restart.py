@@ -234,11 +234,11 @@ async def test_a_rolling_restart(
     brief = {"server": {"drain": WINDOW, "access_log": False}, "history": {"messages": 5}}
     pair: Instances = await instances(redis_server().url, 2, **brief)
     way = Way(tmp_path, pair.urls, two=False)
-    crowd = Crowd(way.url)
-    each = itertools.product(range(CROWD), TRANSPORTS)
-    members = [Member(crowd, crowd.rooms[number % ROOMS], kind) for number, kind in each]
-    random.shuffle(members)  # so that each instance gets some of all
     try:
+        crowd = Crowd(way.url)
+        each = itertools.product(range(CROWD), TRANSPORTS)
+        members = [Member(crowd, crowd.rooms[number % ROOMS], kind) for number, kind in each]
+        random.shuffle(members)  # so that each instance gets some of all
         async with asyncio.TaskGroup() as group:
             reading = [group.create_task(member.run()) for member in members]
             await until(lambda: all(member.position for member in members))
