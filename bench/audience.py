@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from bench.plan import Audience, Heard, Spread
-from bench.proc import unhindered, usage
+from bench.proc import on_cpu, unhindered, usage
 from bench.wire import MARK, Head, Units, blocks, chunks, frames, request, stamps, to_server
 
 _READ = 1 << 12
@@ -216,7 +216,7 @@ class Room:
 
     def _clocks(self) -> tuple[float, float, float, float]:
         servers = [pid for pid in (self.plan.pid, self.plan.also) if pid]
-        helper = usage(self.plan.helper).cpu if self.plan.helper else 0.0
+        helper = on_cpu(self.plan.helper)
         return time.monotonic(), usage(*servers).cpu, time.process_time(), helper
 
     def _connect(self) -> None:

@@ -12,7 +12,7 @@ from bench.plan import Audience, Heard, Lots
 ALONE, BRIDGED = "alone", "with Redis"
 TWO = "two instances"
 P50 = "p50 latency, ms"
-REDIS = "Redis: CPU us a publish"
+REDIS = "Redis: CPU us an event"
 BUSY = "CPU ms a second"
 _SERVICE = PEERS[WEBSOCKET][RIVULET]
 

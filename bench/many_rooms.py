@@ -12,10 +12,10 @@ import time
 from collections import Counter
 from dataclasses import asdict
 
-from bench.audience import MARK, UPGRADE
+from bench.audience import UPGRADE
 from bench.plan import Heard, Lots, Spread
-from bench.proc import unhindered, usage
-from bench.wire import exchange, frames, request, stamps, to_server
+from bench.proc import on_cpu, unhindered, usage
+from bench.wire import MARK, exchange, frames, request, stamps, to_server
 
 _JOINED = b'{"type":"joined"'
 _ROOM = "/api/v1/rooms/{}/messages"
@@ -105,7 +105,7 @@ class Crowd:
 
     def _clocks(self) -> tuple[float, float, float, float]:
         plan = self.plan
-        cpu = usage(plan.pid).cpu, usage(plan.helper).cpu if plan.helper else 0.0
+        cpu = usage(plan.pid).cpu, on_cpu(plan.helper)
         return time.monotonic(), *cpu, time.process_time()
 
     def _publish_for(self, seconds: float) -> None:
