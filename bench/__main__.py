@@ -11,14 +11,19 @@ from bench.catalog import CASES
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description="measures Rivulet")
-    parser.add_argument("--only", choices=CASES, action="append", help="this case (repeatable)")
+    parser.add_argument(
+        "--only", action="append", help="the cases whose names begin so (repeatable)"
+    )
     parser.add_argument("--runs", type=int, default=3, help="runs of each sample (3)")
     parser.add_argument("--seconds", type=float, default=4.0, help="measured seconds of a run (4)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     bench = Bench(options.runs, options.seconds)
     settings = {"runs": options.runs, "seconds": options.seconds}
-    for name in options.only or CASES:
+    wanted = [name for name in CASES if name.startswith(tuple(options.only or [""]))]
+    if not wanted:
+        parser.error(f"no such case; there are {', '.join(CASES)}")
+    for name in wanted:
         begin = time.monotonic()
         print(f"{name} ...", end=" ", flush=True)
         outcome = CASES[name](bench)

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from bench.plan import Audience, Heard, Spread
-from bench.proc import unhindered, usage
+from bench.proc import on_cpu, unhindered, usage
 from bench.wire import MARK, Head, Units, blocks, chunks, frames, request, stamps, to_server
 
 _READ = 1 << 12
@@ -30,7 +30,7 @@ _BATCH = 64  # sockets read before looking whether to publish: that must not wai
 _CONNECTING = 100  # connections on their way at once
 _SILENCE = 10.0  # seconds without any delivery after which what is missing is lost
 _PIECES = 4096  # remembered
-_UPGRADE = (
+UPGRADE = (
     *("Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13"),
     "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
 )
@@ -38,7 +38,7 @@ _UPGRADE = (
 
 def greeting(plan: Audience) -> bytes:
     """The request that follows the room."""
-    headers = _UPGRADE if plan.websocket else ("Accept: text/event-stream",)
+    headers = UPGRADE if plan.websocket else ("Accept: text/event-stream",)
     return request("GET", plan.follow, f"127.0.0.1:{plan.port}", b"", *headers)
 
 
@@ -53,14 +53,14 @@ class Subscriber:
 
     __slots__ = ("_room", "_split", "jumped", "place", "rest", "sock")
 
-    def __init__(self, room: "Room") -> None:
+    def __init__(self, room: "Room", port: int) -> None:
         self._room = room
         self._split: Callable[[bytes], Units] = frames
         self.place = self.jumped = 0
         self.rest = b""
         self.sock = socket.socket()
         self.sock.setblocking(False)
-        self.sock.connect_ex(("127.0.0.1", room.plan.port))
+        self.sock.connect_ex(("127.0.0.1", port))
 
     @property
     def heard(self) -> int:
@@ -182,7 +182,7 @@ class Room:
         self.latencies.clear()
         counts, clocks = self._counts(), self._clocks()
         self._publish_for(plan.seconds)
-        seconds, server, own = (
+        seconds, server, own, helper = (
             end - begin for begin, end in zip(clocks, self._clocks(), strict=True)
         )
         publishes, deliveries, size = (
@@ -197,6 +197,7 @@ class Room:
             bytes=size,
             server_cpu=server,
             load_cpu=own,
+            helper_cpu=helper,
             connect_cpu=idle.cpu - before.cpu,
             rss_before=before.rss,
             rss_idle=idle.rss,
@@ -218,8 +219,10 @@ class Room:
     def _counts(self) -> tuple[int, int, int]:
         return self.published, self.delivered, self.bytes
 
-    def _clocks(self) -> tuple[float, float, float]:
-        return time.monotonic(), usage(self.plan.pid).cpu, time.process_time()
+    def _clocks(self) -> tuple[float, float, float, float]:
+        servers = [pid for pid in (self.plan.pid, self.plan.also) if pid]
+        helper = on_cpu(self.plan.helper)
+        return time.monotonic(), usage(*servers).cpu, time.process_time(), helper
 
     def _connect(self) -> None:
         deadline = time.monotonic() + 120
@@ -227,7 +230,8 @@ class Room:
         while (left or self._opening) and time.monotonic() < deadline:
             while left and len(self._opening) < _CONNECTING:
                 left -= 1
-                subscriber = Subscriber(self)
+                port = self.plan.other if self.plan.other and left % 2 else self.plan.port
+                subscriber = Subscriber(self, port)
                 self._subscribers.append(subscriber)
                 self._opening[subscriber.sock.fileno()] = subscriber
                 self._epoll.register(subscriber.sock, select.EPOLLOUT)

@@ -1,7 +1,7 @@
 """What is measured: the peers, the cases, and what each case is to reach."""
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -59,9 +59,9 @@ class Outcome:
         self.values.append(Value.of(measure, peer, runs))
         return self.values[-1].median
 
-    def at_least(self, times: float, measure: str, peer: str) -> None:
-        """Wants Rivulet's measure to be so many times the peer's."""
-        ratio = self.value(measure, RIVULET) / self.value(measure, peer)
+    def at_least(self, times: float, measure: str, peer: str, ours: str = RIVULET) -> None:
+        """Wants our measure to be so many times the peer's."""
+        ratio = self.value(measure, ours) / self.value(measure, peer)
         wanted = f"at least {times:.3g} x {peer}'s {measure}"
         self.targets.append(Target(wanted, f"{ratio:.2f} x", ratio >= times))
 
@@ -86,14 +86,17 @@ class Bench:
     cores: Cores = field(default_factory=Cores.here)
 
     @contextmanager
-    def serving(self, peer: str, loop: str = "") -> Iterator[tuple[Server, Server]]:
+    def serving(
+        self, peer: str, loop: str = "", env: Mapping[str, str] | None = None
+    ) -> Iterator[tuple[Server, Server]]:
         """A fresh upstream and, in front of it, a fresh server: both, in this order.
 
-        `loop` is Rivulet's event loop; by default the one it is configured with.
+        `loop` is Rivulet's event loop; by default the one it is configured with. env: more of its
+        environment.
         """
         with start(["-m", "bench.upstream"], self.cores.upstream, {}) as upstream:
             url = f"http://127.0.0.1:{upstream.port}/v1"
-            env = {"RIVULET_SERVER__LOOP": loop} if loop else {}
+            env = {**(env or {}), **({"RIVULET_SERVER__LOOP": loop} if loop else {})}
             if peer == DIRECT:
                 yield upstream, upstream
                 return

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the peers of the fan-out cases need beside Python packages: Debian's nginx with nchan,
-# Node.js and its `ws`. Does nothing that is done already.
+# Node.js and its `ws`, Redis. Does nothing that is done already.
 set -euo pipefail
 cd "$(dirname "$0")/peers"
 
@@ -8,6 +8,7 @@ missing=()
 command -v node >/dev/null || missing+=(nodejs)
 command -v npm >/dev/null || missing+=(npm)
 [[ -e /usr/lib/nginx/modules/ngx_nchan_module.so ]] || missing+=(nginx libnginx-mod-nchan)
+command -v redis-server >/dev/null || missing+=(redis-server)
 
 if ((${#missing[@]})); then
     as_root=()

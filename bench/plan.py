@@ -166,7 +166,8 @@ class Audience(Options):
         window: publishes that may be undelivered, where there is no rate.
         rate: publishes a second.
         seconds: the measured time; 0 only connects.
-        pid: the server.
+        pid, helper: the server and its Redis.
+        other, also: port and pid of a second server, which every other subscriber follows.
     """
 
     port: int = 0
@@ -181,6 +182,30 @@ class Audience(Options):
     seconds: float = 4.0
     warmup: float = 0.5
     pid: int = 0
+    helper: int = 0
+    other: int = 0
+    also: int = 0
+
+
+@dataclass(frozen=True)
+class Lots(Options):
+    """What the load generator for many rooms is to do; its command line's options, one for one.
+
+    Attributes:
+        rooms, busy: how many there are, and to how many of them something is published.
+        pid, helper: the server and its Redis.
+        count: WebSockets, which share the rooms among them.
+        rate: events a second in a busy room, in one publish.
+    """
+
+    port: int = 0
+    rooms: int = 100
+    busy: int = 100
+    seconds: float = 4.0
+    pid: int = 0
+    helper: int = 0
+    count: int = 100
+    rate: int = 10
 
 
 @dataclass(frozen=True)
@@ -189,7 +214,7 @@ class Heard:
 
     Attributes:
         publishes, deliveries, bytes: of the measured time; bytes are what subscribers received.
-        server_cpu, load_cpu: CPU seconds of the two.
+        server_cpu, load_cpu, helper_cpu: CPU seconds of server (or both servers), load and Redis.
         connect_cpu: the server's, for connecting all subscribers.
         rss_before, rss_idle: the server's resident bytes, before the first subscriber and with all.
         latency_ms: from publishing to arrival, at a steady rate.
@@ -214,6 +239,7 @@ class Heard:
     disorder: int
     statuses: dict[str, int]
     errors: dict[str, int]
+    helper_cpu: float = 0.0
 
     @classmethod
     def parse(cls, line: str) -> "Heard":

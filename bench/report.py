@@ -20,6 +20,7 @@ _PACKAGES = (
     *("aiohttp", "aiohttp-sse", "openai", "orjson", "uvloop", "fastapi", "uvicorn", "httptools"),
     *("websockets", "sse-starlette", "python-socketio"),
 )
+_CPUS = "server_cpu", "load_cpu", "helper_cpu"
 _GOOD = ("101", "200", "201", "202")
 _COLOURS = {peer: f"C{i}" for i, peer in enumerate((*PEERS, DIRECT))}
 
@@ -134,7 +135,7 @@ def _runs(cases: Sequence[dict[str, Any]]) -> str:
 def _crowds(cases: Sequence[dict[str, Any]]) -> str:
     header = [
         *("case", "peer", "run", "subscribers", "publishes", "deliveries/s", "bytes a delivery"),
-        *("server busy", "load's core busy", "latency ms p50, p99"),
+        *("server busy", "load busy", "Redis busy", "latency ms p50, p99"),
         *("lost", "extra", "out of order", "trouble"),
     ]
     rows = []
@@ -147,7 +148,7 @@ def _crowds(cases: Sequence[dict[str, Any]]) -> str:
                         *(case["case"], peer, str(i), f"{run['subscribers']:,}"),
                         *(f"{run['publishes']:,}", _number(run["deliveries"] / seconds)),
                         f"{run['bytes'] / max(run['deliveries'], 1):.0f}",
-                        *(f"{run[cpu] / seconds:.0%}" for cpu in ("server_cpu", "load_cpu")),
+                        *(f"{run.get(cpu, 0) / seconds:.0%}" for cpu in _CPUS),
                         _spread(run["latency_ms"]),
                         *(f"{run[name]:,}" for name in ("lost", "extra", "disorder")),
                         _trouble(run),

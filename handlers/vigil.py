@@ -64,7 +64,8 @@ class Vigil:
             await self._relay.publish(self._address, orjson.dumps({"user": user}))
 
     def _told(self, message: bytes) -> None:
-        self._dismiss(orjson.loads(message)["user"])
+        if message:
+            self._dismiss(orjson.loads(message)["user"])
 
     def _dismiss(self, user: str) -> None:
         error = Forbidden("a moderator has ended your connections", code="disconnected")

@@ -7,7 +7,7 @@ Floors, lowest first; a module imports only from lower floors (tests/test_floors
     2  auth decoder demo dialects limits log
     3  encoders frames history_file rooms tickets upstream writer
     4  delivery generation history redis_link
-    5  channels presence producer redis_cluster responses sockets
+    5  channels presence producer redis_cluster redis_listing responses sockets
     6  generations redis_scripts
     7  redis_doors redis_rooms
     8  redis_replicas

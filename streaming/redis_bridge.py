@@ -15,11 +15,12 @@ import orjson
 from streaming import config
 from streaming.delivery import Delivery
 from streaming.errors import Unavailable
-from streaming.events import new_epoch
+from streaming.events import JSON, new_epoch
 from streaming.generations import Generations
 from streaming.redis_cluster import Cluster
 from streaming.redis_doors import RedisCounts, RedisStore
 from streaming.redis_link import Link
+from streaming.redis_listing import Listing
 from streaming.redis_mirror import RedisMirror
 from streaming.redis_rooms import RedisRooms
 from streaming.rooms import Rooms
@@ -43,6 +44,8 @@ class RedisBridge:
         self.mirror = RedisMirror(self.link, me, prefix, cfg.generation, lease)
         self.tickets = RedisStore(self.link, prefix)
         self.counts = RedisCounts(self.link, me, prefix)
+        instance, held = self.mirror.replicas.instance, self._held
+        self.listing = self.rooms.listing = Listing(self.link, me, prefix, instance, held)
         self._due = asyncio.Event()
         self._tending: asyncio.Task[None] | None = None
 
@@ -59,7 +62,7 @@ class RedisBridge:
 
     async def start(self) -> None:
         """Connects; returns when it has, or could not for a moment: it goes on trying."""
-        await self.link.start()
+        await asyncio.gather(self.link.start(), self.listing.start())
         with contextlib.suppress(Unavailable):
             await self.mirror.tend()
         self._tending = asyncio.create_task(self._tend())
@@ -80,8 +83,16 @@ class RedisBridge:
         self.counts.restored()
 
     def _told(self, message: bytes) -> None:
-        if message:
-            self.mirror.heard(orjson.loads(message))
+        if not message:
+            return
+        word = orjson.loads(message)
+        if "listed" in word:
+            self.listing.told(word)
+        else:
+            self.mirror.heard(word)
+
+    def _held(self) -> list[JSON]:
+        return [room.summary for room in self.rooms.rooms]
 
     async def _tend(self) -> None:
         while True:

@@ -25,6 +25,7 @@ from streaming.errors import InvalidField, TooLarge, Unavailable
 from streaming.events import JSON, Event, Position, new_epoch
 from streaming.log import Log, now_ms
 from streaming.redis_link import Link
+from streaming.redis_listing import Listing
 from streaming.redis_scripts import DELETE, LOOK, PUBLISH
 from streaming.rooms import KEYS, Keeper, Room, Rooms
 
@@ -80,6 +81,7 @@ class RedisRooms(Keeper):
         self._concluding: dict[str, set[asyncio.Task[None]]] = {}  # by room
         self._unsaid: set[tuple[Room, str]] = set()  # who has left, which Redis does not know
         self.rooms: Rooms  # whose keeper this is
+        self.listing: Listing
         self.mirror: Answers
 
     def _key(self, room: Room, kind: str) -> str:
@@ -354,6 +356,10 @@ class RedisRooms(Keeper):
                     self._link.command("HDEL", self._key(held.room, "people"), *fields)
                 here = held.room.elsewhere.items()
                 self._meet(held.room, {name: users for name, users in here if name != instance})
+
+    async def elsewhere(self) -> tuple[list[JSON], bool]:
+        """See Keeper.elsewhere."""
+        return await self.listing.ask()
 
     async def delete(self, room: Room, user: str) -> None:
         """See Keeper.delete."""

@@ -16,6 +16,7 @@ from aiohttp_sse import EventSourceResponse
 from streaming.delivery import Delivery, Draining, Expelled, Place, Sink
 from streaming.encoders import TEXT, Encoder
 from streaming.errors import RivuletError
+from streaming.frames import ROOMS
 
 PARTING = 1.0  # seconds for the last words to a client that is sent away
 
@@ -45,6 +46,7 @@ class ResponseSink(Sink):
         self._opening = encoder.opening  # goes out with the first bytes
         self._parked: asyncio.Future[None] | None = None
         self._over: Draining | Expelled | None = None  # why it ends before its source does
+        self._leaving: asyncio.Task[None] | None = None
 
     def write(self, data: bytes) -> None:
         """See Sink.write; the first bytes have the encoding's opening before them."""
@@ -82,6 +84,8 @@ class ResponseSink(Sink):
                     lagged = await self._parked_live()
         finally:
             self.delivery.leave(self)
+            if self._leaving is not None:
+                self._leaving.cancel()
 
     async def _parked_live(self) -> bool:
         """Stays live until it is put out; whether its socket was the reason."""
@@ -115,6 +119,17 @@ class ResponseSink(Sink):
         self._over = Expelled(error)
         self.lag()
         asyncio.get_running_loop().call_later(PARTING, self.transport.abort)
+
+    def leaving(self, window: float) -> asyncio.Task[None] | None:
+        """See Sink.leaving: only of a room, in NDJSON, which has no word for when to come back."""
+        if self.encoder.dialect is not ROOMS or self.encoder.framing.comments:
+            return None
+        self._leaving = asyncio.create_task(self._leave(random.uniform(0, window)))
+        return self._leaving
+
+    async def _leave(self, wait: float) -> None:
+        await asyncio.sleep(wait)
+        self.drain(0)
 
     async def end(self, data: bytes) -> None:
         """Ends the body with these bytes, in one write. Raises as `drained`."""

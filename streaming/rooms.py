@@ -71,6 +71,10 @@ class Keeper:
     async def delete(self, room: Room, user: str) -> None:
         """Lets go of all that is kept of it elsewhere, and says who wanted that."""
 
+    async def elsewhere(self) -> tuple[list[JSON], bool]:
+        """What other instances hold, as `Room.summary` has it; whether that is all of it."""
+        return [], True
+
     def forget(self, room: Room) -> None:
         """Nobody uses this room here any more."""
 
@@ -186,6 +190,12 @@ class Room:
     def ephemeral(self, type: str, data: JSON) -> Event:
         """An event without a position, for whoever is connected now."""
         return Event(type, data, Position("", 0), now_ms(), self.log.origin)
+
+    @property
+    def summary(self) -> JSON:
+        """What a list of rooms says of it."""
+        members, position = len(self.members), str(self.log.position)
+        return {"room": self.name, "members": members, "position": position}
 
     def presence(self) -> Event:
         """Who is here, as an ephemeral event."""
@@ -363,6 +373,12 @@ class Rooms:
             return room
         room = await self.open(name)
         return room if room.log.top or room.members else None
+
+    async def listed(self) -> tuple[list[JSON], bool]:
+        """The summary of each room that lives here or elsewhere; whether those are all."""
+        found, whole = await self.keeper.elsewhere()
+        rooms = {each["room"]: each for each in found} | {room.name: room.summary for room in self}
+        return list(rooms.values()), whole
 
     def find(self, name: str) -> Room | None:
         """The room of this name, if there is one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Instances:
             **more,
         }
         self.servers: list[Server] = []
+        self.ended: list[Server] = []  # by `restart`
 
     async def add(self, count: int = 1, url: str = "", **more: Any) -> list[Server]:
         """Starts so many more, with other sections of configuration; url: of their way to Redis, if
@@ -63,13 +65,24 @@ class Instances:
     def c(self) -> str:
         return self.servers[2].url
 
+    async def restart(self, number: int) -> None:
+        """Ends one as an operator does; when it is gone, starts another on the same port."""
+        before = self.servers[number]
+        before.child.send_signal(signal.SIGTERM)
+        await until(lambda: before.child.poll() is not None, 120)
+        before.stop()
+        assert before.child.returncode == 0
+        self.ended.append(before)
+        where = self.directory / str(number), self.config, None, ("--port", str(before.port))
+        self.servers[number] = await asyncio.to_thread(Server, *where)
+
     def stop(self) -> None:
         for server in self.servers:
             server.stop()
 
     def broke(self) -> list[dict[str, Any]]:
         """What any of them has logged as its own fault."""
-        lines = [line for server in self.servers for line in server.log_lines()]
+        lines = [line for each in self.servers + self.ended for line in each.log_lines()]
         return [line for line in lines if line.get("level") == "error" or "text" in line]
 
 

@@ -15,7 +15,7 @@ from urllib.parse import quote
 from tests.clients import MEDIA
 from tests.endpoints import url_of
 from tests.raw_socket import CLOSE, PING, PONG, TEXT, RawSocket, dial, frame
-from tests.readers import Answer, Message, Ndjson, Parser, Sse, ask
+from tests.readers import Answer, Message, Ndjson, Parser, Refused, Sse, ask
 
 JSON = dict[str, Any]
 TRANSPORTS = ("ws", "sse", "ndjson")
@@ -119,7 +119,7 @@ class Stream(Follower):
     """An SSE or NDJSON client. In SSE `event` and `id` of each block must be its frame's own."""
 
     def __init__(self, answer: Answer, parser: Parser[Any], **cut: Any) -> None:
-        self.answer = answer
+        self.answer, self.parser = answer, parser
         self._items = answer.items(parser, **cut)
 
     async def _next(self) -> JSON:
@@ -158,7 +158,7 @@ async def following(
     **cut: Any,
 ) -> AsyncIterator[Follower]:
     """Somebody in a room, cut on leaving. The first frame is still to be read. after: the position
-    to come back with. cut: see `Answer.pieces`; not on WebSocket.
+    to come back with. cut: see `Answer.pieces`; not on WebSocket. Raises Refused.
     """
     if transport == "ws":
         path = f"/ws/{quote(room, safe='')}"
@@ -168,7 +168,8 @@ async def following(
     headers = {"Accept": MEDIA[transport], **({"Last-Event-ID": after} if after else {})}
     target = url_of(url, f"/api/v1/rooms/{quote(room, safe='')}/events", user_id=user)
     async with ask("GET", target, headers=headers) as answer:
-        assert answer.status == 200, answer.status
+        if answer.status != 200:
+            raise Refused(answer)
         yield Stream(answer, Sse() if transport == "sse" else Ndjson(), **cut)
 
 

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from tests.readers import Connection
+from tests.readers import Connection, Refused
 
 CONTINUE, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 
@@ -114,7 +114,9 @@ class RawSocket:
 async def dial(
     url: str, path: str, headers: dict[str, str] | None = None, receive_buffer: int = 0
 ) -> RawSocket:
-    """Opens a WebSocket, below the path of the URL. receive_buffer as in `Connection.open`."""
+    """Opens a WebSocket, below the path of the URL. receive_buffer as in `Connection.open`. Raises
+    Refused.
+    """
     connection = Connection(url)
     await connection.open(receive_buffer)
     asked = {
@@ -124,8 +126,13 @@ async def dial(
         "Sec-WebSocket-Key": base64.b64encode(os.urandom(16)).decode(),
         **(headers or {}),
     }
-    answer = await connection.request("GET", urlsplit(url).path + path, headers=asked)
-    assert answer.status == 101, answer.status
+    try:
+        answer = await connection.request("GET", urlsplit(url).path + path, headers=asked)
+        if answer.status != 101:
+            raise Refused(answer)
+    except BaseException:
+        connection.cut()
+        raise
     return RawSocket(connection, answer.headers)
 
 

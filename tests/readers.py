@@ -35,6 +35,14 @@ class Broken(AssertionError):
     """A client that reads like this would have failed."""
 
 
+class Refused(AssertionError):
+    """A stream was asked for, and this came instead."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.status)
+        self.status, self.headers = answer.status, answer.headers
+
+
 # --- HTTP ---------------------------------------------------------------------------------------
 
 

@@ -53,7 +53,7 @@ def test_a_ping_is_not_text() -> None:
 def heard(*messages: tuple[int, ...]) -> tuple[int, list[int]]:
     """Out of order, and how much each subscriber heard, when they are sent these."""
     room = Room(Audience(port=9))
-    listeners = [Subscriber(room) for _ in messages]
+    listeners = [Subscriber(room, 9) for _ in messages]
     for listener, numbers in zip(listeners, messages, strict=True):
         listener.sock.close()
         listener.take(b"".join(frame(b"#t=%020d" % number) for number in numbers))

@@ -152,7 +152,7 @@ class Instance:
         self.renew()
 
     def renew(self, milliseconds: int = 60_000) -> None:
-        self.redis.call("SET", f"r:instance:{self.name}", 1, "PX", milliseconds)
+        self.redis.call("SET", f"r:{{instance}}:{self.name}", 1, "PX", milliseconds)
 
     async def said(self) -> None:
         """What it has told is in Redis: calls keep their order."""
@@ -220,7 +220,7 @@ async def test_what_a_lost_instance_had_is_given_back(redis_server: Start) -> No
         with pytest.raises(TooMany):
             await b.limits.acquire("connections", "ann")
         a.renew(1)
-        await until(lambda: redis.call("EXISTS", "r:instance:a") == 0)
+        await until(lambda: redis.call("EXISTS", "r:{instance}:a") == 0)
         await b.limits.acquire("connections", "ann")
         b.limits.release("connections", "ann")
         await b.said()
