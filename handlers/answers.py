@@ -26,7 +26,7 @@ from handlers.keys import (
 from handlers.middleware import error_response, json_response
 from handlers.reading import framing, last_event_id, path_of
 from streaming.channels import CHANNEL
-from streaming.delivery import Delivery, Draining, Expelled, Place, TooSlow
+from streaming.delivery import Delivery
 from streaming.dialects import Dialect
 from streaming.encoders import TEXT, Encoder, Framing, encoder
 from streaming.errors import Conflict, Gone, InvalidField, RivuletError, Unavailable
@@ -34,6 +34,7 @@ from streaming.events import JSON, Event, Position
 from streaming.frames import ROOMS as FRAMES
 from streaming.generation import Generation
 from streaming.log import Cursor, FellBehind, now_ms
+from streaming.places import Draining, Expelled, Place, TooSlow
 from streaming.responses import ResponseSink, open_stream
 
 NOWHERE = Position("", 0)

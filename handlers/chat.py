@@ -27,7 +27,7 @@ from streaming.errors import InvalidField, Unavailable
 from streaming.events import JSON
 from streaming.generation import Ask, Generation, Key
 from streaming.models import ModelCall
-from streaming.rooms import Room
+from streaming.room import Room
 
 DEFAULT_PROMPT = "Say hello, and tell me in a few sentences what a streaming server does."
 MODEL_CHARS = 512

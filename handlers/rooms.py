@@ -19,7 +19,7 @@ from streaming.errors import BadRequest, Conflict, Forbidden, InvalidField, NotF
 from streaming.events import JSON, Position
 from streaming.frames import RESERVED, message
 from streaming.frames import ROOMS as FRAMES
-from streaming.rooms import Room
+from streaming.room import Room
 
 _TYPE = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 PAGE = 50  # messages of history, unless `limit` says

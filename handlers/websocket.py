@@ -43,7 +43,7 @@ from streaming.errors import (
 )
 from streaming.events import JSON
 from streaming.limits import Entry
-from streaming.rooms import Room
+from streaming.room import Room
 from streaming.sockets import LINGER, SocketSink, open_socket
 
 access = logging.getLogger("rivulet.access")

@@ -19,7 +19,7 @@ import sys
 import termios
 import time
 from collections.abc import Coroutine, Hashable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import StreamWriter
@@ -32,6 +32,7 @@ from streaming.errors import RivuletError
 from streaming.events import Event
 from streaming.log import FellBehind, Log, now_ms
 from streaming.metrics import Metrics
+from streaming.places import Place, TooSlow
 
 READ_LIMIT = 256 * 1024  # bytes of text in one read of a sink that catches up: its share of memory
 DEAD = 120.0  # seconds until a machine that acknowledges nothing is given up by the kernel
@@ -39,39 +40,6 @@ REST_AFTER = 0.001  # seconds of writing after which a feed rests as long, ...
 REST_MOST = 0.05  # ... at most
 THROUGH = -1  # instead of a socket: the transport is to be written to
 OUTQ = termios.TIOCOUTQ  # also called SIOCOUTQ
-
-
-class TooSlow(Exception):
-    """A reader has taken nothing for `write_timeout` seconds. It is cut, and can resume."""
-
-
-class Draining(Exception):
-    """The server is going away, and this stream with it."""
-
-
-class Expelled(Exception):
-    """Whoever reads may do so no more."""
-
-    def __init__(self, error: RivuletError) -> None:
-        self.error = error
-
-
-class Place(Protocol):
-    """A place in something that can be followed: a log, or a room with what runs in it."""
-
-    @property
-    def source(self) -> Hashable: ...
-    @property
-    def logs(self) -> list[Log]: ...
-    @property
-    def closed(self) -> bool: ...
-    @property
-    def ended(self) -> bool: ...
-    @property
-    def behind(self) -> bool: ...
-    def copy(self) -> Place: ...
-    def read(self, *, merge: bool = True, limit: int = 1 << 62) -> list[Event]: ...
-    def rejoined(self) -> list[Event]: ...
 
 
 class Delivery:

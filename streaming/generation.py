@@ -16,7 +16,7 @@ from streaming.dialects import Dialect, is_text, timestamp
 from streaming.events import JSON, Event
 from streaming.log import Log
 from streaming.models import ModelCall
-from streaming.rooms import Room
+from streaming.room import Room
 
 
 class Key(NamedTuple):

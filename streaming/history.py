@@ -24,7 +24,7 @@ from streaming.dialects import ENDINGS
 from streaming.errors import CannotStart, RivuletError, Unavailable
 from streaming.events import JSON, Event, Position, new_epoch
 from streaming.history_file import Change, HistoryFile
-from streaming.rooms import KEYS, Keeper, Room
+from streaming.room import KEYS, Keeper, Room
 
 logger = logging.getLogger("rivulet.history")
 T = TypeVar("T")

@@ -10,7 +10,7 @@ import asyncio
 import time
 
 from streaming.delivery import Delivery
-from streaming.rooms import Room
+from streaming.room import Room
 
 
 class Presence:

@@ -25,7 +25,7 @@ from streaming.generation import Ask, Generation
 from streaming.log import Log, now_ms
 from streaming.metrics import SLOW, Metrics
 from streaming.models import ModelCall, Models, Route
-from streaming.rooms import Room
+from streaming.room import Room
 from streaming.writer import Writer
 
 logger = logging.getLogger("rivulet.generations")

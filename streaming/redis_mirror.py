@@ -26,7 +26,7 @@ from streaming.redis_link import Link
 from streaming.redis_replicas import Replicas, owner_lost
 from streaming.redis_rooms import RedisRooms, hashed
 from streaming.redis_scripts import CLAIM, FREE, MIRROR
-from streaming.rooms import Room
+from streaming.room import Room
 
 INTERVAL = 0.02  # seconds that tokens are gathered before they are mirrored
 AGAIN = 1.0  # seconds until what Redis has refused is tried again

@@ -24,7 +24,7 @@ from streaming.log import Log, now_ms
 from streaming.redis_link import Link
 from streaming.redis_node import unavailable
 from streaming.redis_scripts import END
-from streaming.rooms import Room
+from streaming.room import Room
 from streaming.writer import CHARS_PER_TOKEN
 
 if TYPE_CHECKING:

@@ -27,7 +27,8 @@ from streaming.log import Log, now_ms
 from streaming.redis_link import Link
 from streaming.redis_listing import Listing
 from streaming.redis_scripts import DELETE, LOOK, PUBLISH
-from streaming.rooms import KEYS, Keeper, Room, Rooms
+from streaming.room import KEYS, Keeper, Room
+from streaming.rooms import Rooms
 
 MESSAGE_BYTES = 16 << 20  # Redis cuts a subscriber that has more than 32 MB to take
 AGAIN = 1.0  # seconds between two attempts to read a room, or to tell it of an end

@@ -13,10 +13,11 @@ from http import HTTPStatus
 from aiohttp import HttpVersion11, web
 from aiohttp_sse import EventSourceResponse
 
-from streaming.delivery import Delivery, Draining, Expelled, Place, Sink
+from streaming.delivery import Delivery, Sink
 from streaming.encoders import TEXT, Encoder
 from streaming.errors import RivuletError
 from streaming.frames import ROOMS
+from streaming.places import Draining, Expelled, Place
 
 PARTING = 1.0  # seconds for the last words to a client that is sent away
 

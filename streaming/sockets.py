@@ -25,12 +25,13 @@ from aiohttp._websocket.reader import WebSocketDataQueue
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http import WS_KEY, WebSocketReader, WSMessageTextBytes, ws_ext_gen, ws_ext_parse
 
-from streaming.delivery import THROUGH, Delivery, Place, Sink, TooSlow
+from streaming.delivery import THROUGH, Delivery, Sink
 from streaming.encoders import DEFLATED, WEBSOCKET, Encoder, encoder, text_frame
 from streaming.errors import BadRequest, RivuletError
 from streaming.events import JSON
 from streaming.frames import ROOMS
 from streaming.log import FellBehind
+from streaming.places import Place, TooSlow
 
 TOO_SLOW = 4408
 CLOSE_WAIT = 5.0  # seconds for a client that is cut to hear of it and to say goodbye

@@ -30,7 +30,8 @@ from streaming.dialects import ENDINGS
 from streaming.errors import InvalidField
 from streaming.history import History
 from streaming.log import now_ms
-from streaming.rooms import Room, Rooms
+from streaming.room import Room
+from streaming.rooms import Rooms
 from tests.conftest import StartServer
 from tests.people import JSON, TRANSPORTS, following, joined, on_socket, publish, request
 from tests.processes import ROOT, Server, toml, until

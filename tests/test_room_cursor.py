@@ -13,7 +13,7 @@ from streaming import config
 from streaming.events import Event
 from streaming.frames import frame
 from streaming.log import FellBehind, Log
-from streaming.rooms import Room, RoomCursor
+from streaming.room import Room, RoomCursor
 from tests.properties import property_test
 
 KEEP = 4  # messages

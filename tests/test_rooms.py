@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from streaming import config
 from streaming.errors import InvalidField, Unavailable
 from streaming.log import Log
-from streaming.rooms import Room, Rooms
+from streaming.room import Room
+from streaming.rooms import Rooms
 from tests.properties import property_test
 
 Said = tuple[str, dict[str, Any]]
