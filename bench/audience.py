@@ -23,7 +23,18 @@ from dataclasses import asdict
 
 from bench.plan import Audience, Heard, Spread
 from bench.proc import on_cpu, unhindered, usage
-from bench.wire import MARK, Head, Units, blocks, chunks, frames, request, stamps, to_server
+from bench.wire import (
+    MARK,
+    Head,
+    Units,
+    bearer,
+    blocks,
+    chunks,
+    frames,
+    request,
+    stamps,
+    to_server,
+)
 
 _READ = 1 << 12
 _BATCH = 64  # sockets read before looking whether to publish: that must not wait for thousands
@@ -39,6 +50,7 @@ UPGRADE = (
 def greeting(plan: Audience) -> bytes:
     """The request that follows the room."""
     headers = UPGRADE if plan.websocket else ("Accept: text/event-stream",)
+    headers = (*headers, *bearer(plan.token))
     return request("GET", plan.follow, f"127.0.0.1:{plan.port}", b"", *headers)
 
 
@@ -126,7 +138,7 @@ class Publisher:
         plan = self._room.plan
         content = b'{"content":"%b%020d ' % (MARK, stamp)
         body = content.ljust(plan.body - 2, b"x") + b'"}'
-        self.sock.sendall(request("POST", plan.publish, "127.0.0.1", body))
+        self.sock.sendall(request("POST", plan.publish, "127.0.0.1", body, *bearer(plan.token)))
 
     def take(self, data: bytes) -> None:
         """Takes a piece of the response; when it is whole, is free for the next request."""

@@ -1,11 +1,12 @@
 """What the bridge costs: an instance with Redis beside one without, two beside one, idle rooms."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
-from bench.cases import PACED50, RIVULET, SATURATED, TOKENS, Bench, Case, Outcome
-from bench.fanout import DELIVERIES, PEERS, WEBSOCKET, Service, aimed, listen, serving
+from bench.cases import RIVULET, Bench, Case, Outcome
+from bench.costs import MEASURES, costs
+from bench.fanout import PEERS, WEBSOCKET, Service, aimed, listen, serving
 from bench.measure import Server, run_load, start
 from bench.plan import Audience, Heard, Lots
 
@@ -51,37 +52,14 @@ def _redis_share(run: Heard) -> float:
 
 def bridge_cost(bench: Bench, count: int = 1000) -> Outcome:
     """One instance with Redis and without: a room of 1,000 WebSockets, and 50 streams of tokens."""
-    outcome, peers = Outcome(), {ALONE: 0, BRIDGED: 1}
-    rooms = {
-        f"saturated, {DELIVERIES.format(WEBSOCKET)}": Audience(count=count, seconds=bench.seconds),
-        f"20/s, {DELIVERIES.format(WEBSOCKET)}": Audience(
-            count=count, seconds=bench.seconds, rate=20
-        ),
-    }
-    streams = {f"saturated, {TOKENS}": SATURATED, f"50/s, {TOKENS}": PACED50}
-    for measure, plan in rooms.items():
-        runs: dict[str, list[Heard]] = {peer: [] for peer in peers}
-        for _ in range(bench.runs):
-            for peer, instances in peers.items():
-                runs[peer].append(_heard(bench, plan, instances))
-        for peer, heard in runs.items():
-            outcome.add(measure, peer, [run.deliveries_per_cpu for run in heard])
-            outcome.crowds[f"{peer}, {measure.partition(',')[0]}"] = heard
-        outcome.at_most(0, "", "lost, doubled or out of order", max(r.wrong for r in heard))
-    for measure, (model, stream) in streams.items():
-        for _ in range(bench.runs):
-            for peer in peers:
-                with (
-                    _redis(bench, peer == BRIDGED) as (_, env),
-                    bench.serving(RIVULET, env=env) as (upstream, server),
-                ):
-                    result = bench.load(upstream, server, model, stream)
-                label = f"{peer}, {measure.partition(',')[0]}"
-                outcome.runs.setdefault(label, []).append(result)
-        for peer in peers:
-            found = outcome.runs[f"{peer}, {measure.partition(',')[0]}"]
-            outcome.add(measure, peer, [run.tokens_per_cpu for run in found])
-    for measure in (*rooms, *streams):
+
+    @contextmanager
+    def bridged() -> Iterator[Mapping[str, str]]:
+        with _redis(bench) as (_, env):
+            yield env
+
+    outcome = costs(bench, {ALONE: nullcontext, BRIDGED: bridged}, count)
+    for measure in MEASURES:
         outcome.at_least(1 / 2, measure, ALONE, BRIDGED)
     return outcome
 

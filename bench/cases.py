@@ -96,21 +96,22 @@ class Bench:
         """
         with start(["-m", "bench.upstream"], self.cores.upstream, {}) as upstream:
             url = f"http://127.0.0.1:{upstream.port}/v1"
-            env = {**(env or {}), **({"RIVULET_SERVER__LOOP": loop} if loop else {})}
+            more = {**(env or {}), **({"RIVULET_SERVER__LOOP": loop} if loop else {})}
             if peer == DIRECT:
                 yield upstream, upstream
                 return
             if peer == RIVULET:
                 arguments = ["app.py", "--port", "0"]
-                env |= {
+                more = {
                     "RIVULET_MODEL__BASE_URL": url,
                     "RIVULET_MODEL__API_KEY": "x",
                     "RIVULET_MODEL__NAME": "fake:k=1",
                     "RIVULET_SERVER__ACCESS_LOG": "false",  # the peers have none either
+                    **more,
                 }
             else:
                 arguments = ["-m", _MODULES[peer], "--upstream", url]
-            with start(arguments, self.cores.server, env) as server:
+            with start(arguments, self.cores.server, more) as server:
                 yield upstream, server
 
     def load(

@@ -2,7 +2,8 @@
 
 from bench.bridge import BRIDGE
 from bench.cases import STREAMS
+from bench.costs import DOORS
 from bench.fanout import FANOUT
 from bench.stalled import CROWDED
 
-CASES = STREAMS | FANOUT | CROWDED | BRIDGE
+CASES = STREAMS | FANOUT | CROWDED | BRIDGE | DOORS

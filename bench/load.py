@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 
 from bench.plan import Plan, Result, Spread
 from bench.proc import unhindered, usage
-from bench.wire import ChunkedBody, Head, MarkCounter, request
+from bench.wire import ChunkedBody, Head, MarkCounter, bearer, request
 
 _BUFFER = 1 << 18
 
@@ -254,7 +254,8 @@ class Load:
         return time.monotonic(), usage(plan.pid).cpu, usage(plan.helper).cpu, time.process_time()
 
     def _message(self, method: str, path: str, body: str = "") -> bytes:
-        return request(method, path, f"127.0.0.1:{self.plan.port}", body.encode())
+        host = f"127.0.0.1:{self.plan.port}"
+        return request(method, path, host, body.encode(), *bearer(self.plan.token))
 
     def _open(self, streams: Sequence[Stream]) -> None:
         """Opens them evenly over the ramp, so that they do not go in step afterwards."""

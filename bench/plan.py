@@ -46,6 +46,7 @@ class Plan(Options):
         expect: tokens of a whole answer; 0: not known.
         clock: read the clock in each token, for its latency (costs the load some CPU).
         pid, helper: the server and the upstream.
+        token: with which the load comes in.
     """
 
     port: int = 0
@@ -62,6 +63,7 @@ class Plan(Options):
     clock: bool = False
     pid: int = 0
     helper: int = 0
+    token: str = ""
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ class Audience(Options):
         seconds: the measured time; 0 only connects.
         pid, helper: the server and its Redis.
         other, also: port and pid of a second server, which every other subscriber follows.
+        token: with which the load comes in.
     """
 
     port: int = 0
@@ -182,6 +185,7 @@ class Audience(Options):
     seconds: float = 4.0
     warmup: float = 0.5
     pid: int = 0
+    token: str = ""
     helper: int = 0
     other: int = 0
     also: int = 0

@@ -170,6 +170,11 @@ def request(method: str, path: str, host: str, body: bytes = b"", *headers: str)
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
+def bearer(token: str) -> tuple[str, ...]:
+    """The header with this token; none without one."""
+    return (f"Authorization: Bearer {token}",) if token else ()
+
+
 @dataclass
 class Exchange:
     """One response read to its end: what came, and in what packing."""

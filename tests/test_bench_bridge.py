@@ -1,8 +1,13 @@
 """bench/: the cases with Redis count right. Nothing here asserts a speed."""
 
-from bench import bridge
+from collections.abc import Callable
+
+import pytest
+
+from bench import bridge, costs
 from bench.bridge import ALONE, BRIDGED, P50, REDIS, TWO
 from bench.cases import Bench, Outcome
+from bench.costs import GUARDED, OPEN
 
 
 def small() -> Bench:
@@ -18,11 +23,17 @@ def whole(outcome: Outcome) -> None:
             assert run.deliveries >= run.publishes
 
 
-def test_an_instance_with_redis_and_without() -> None:
-    """A room and streams of tokens, each with both, and Redis is at work in one."""
-    outcome = bridge.bridge_cost(small(), count=7)
+@pytest.mark.parametrize(
+    ("case", "peers", "times"),
+    [(bridge.bridge_cost, (ALONE, BRIDGED), "0.5"), (costs.doors, (OPEN, GUARDED), "0.9")],
+)
+def test_with_a_part_and_without(
+    case: Callable[..., Outcome], peers: tuple[str, str], times: str
+) -> None:
+    """A room and streams of tokens, with the bridge, or with all doors, and without."""
+    outcome = case(small(), count=7)
     whole(outcome)
-    for peer in (ALONE, BRIDGED):
+    for peer in peers:
         runs = [run for name, found in outcome.runs.items() if peer in name for run in found]
         assert len(runs) == 2
         for run in runs:
@@ -30,7 +41,7 @@ def test_an_instance_with_redis_and_without() -> None:
             assert run.tokens > 0
         crowds = [run for name, found in outcome.crowds.items() if peer in name for run in found]
         assert [run.subscribers for run in crowds] == [7, 7]
-    assert sum(target.wanted.startswith("at least 0.5 x") for target in outcome.targets) == 4
+    assert sum(target.wanted.startswith(f"at least {times} x") for target in outcome.targets) == 4
 
 
 def test_two_instances_share_the_readers() -> None:
