@@ -116,7 +116,7 @@ class Crowd:
             content = b'{"content":"%b%020d"}' % (MARK, time.monotonic_ns())
             body = b"[%b]" % b",".join([content] * plan.rate)
             path = _ROOM.format(f"r{number % plan.busy}")
-            answer = exchange(("127.0.0.1", plan.port), request("POST", path, "bench", body))
+            answer = exchange(("127.0.0.1", plan.port), request("POST", path, "localhost", body))
             self.statuses[str(answer.head.status)] += 1
             self.published += plan.rate
         last = time.monotonic()

@@ -50,7 +50,9 @@ class Server:
     def get(self, path: str) -> dict[str, int]:
         """The JSON object at this path."""
         address = ("127.0.0.1", self.port)
-        found: dict[str, int] = json.loads(exchange(address, request("GET", path, "bench")).body)
+        found: dict[str, int] = json.loads(
+            exchange(address, request("GET", path, "localhost")).body
+        )
         return found
 
 

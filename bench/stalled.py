@@ -33,7 +33,7 @@ def stalled(plan: Audience, count: int) -> Iterator[None]:
             reader.connect(address)
             reader.sendall(greeting(plan))
         for _ in range(fills if readers else 0):
-            answer = exchange(address, request("POST", plan.publish, "bench", FILL))
+            answer = exchange(address, request("POST", plan.publish, "localhost", FILL))
             assert answer.head.status == 201
         yield
 

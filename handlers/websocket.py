@@ -92,7 +92,8 @@ class Connection:
         # In this order: `begin` takes the last for that of the path.
         names = [f"user:{who.user}"] if who.user != "anonymous" else []
         names += [check_room(self.path, who, "subscribe")] if self.path else []
-        return [await self._app[ROOMS].open(name, self._after) for name in names]
+        rooms = self._app[ROOMS]
+        return [await rooms.open(n, self._after if n == self.path else None) for n in names]
 
     def begin(self, who: Identity, rooms: list[Room]) -> None:
         """It is known who it is: comes into these rooms."""

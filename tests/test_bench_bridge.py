@@ -8,6 +8,7 @@ from bench import bridge, costs
 from bench.bridge import ALONE, BRIDGED, P50, REDIS, TWO
 from bench.cases import Bench, Outcome
 from bench.costs import GUARDED, OPEN
+from tests.conftest import SOAK
 
 
 def small() -> Bench:
@@ -25,7 +26,8 @@ def whole(outcome: Outcome) -> None:
 
 @pytest.mark.parametrize(
     ("case", "peers", "times"),
-    [(bridge.bridge_cost, (ALONE, BRIDGED), "0.5"), (costs.doors, (OPEN, GUARDED), "0.9")],
+    [(costs.doors, (OPEN, GUARDED), "0.9")]
+    + [(bridge.bridge_cost, (ALONE, BRIDGED), "0.5")] * SOAK,
 )
 def test_with_a_part_and_without(
     case: Callable[..., Outcome], peers: tuple[str, str], times: str

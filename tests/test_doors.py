@@ -36,11 +36,15 @@ LONG = "demo:rate=1,tokens=50"  # an answer that runs as long as a test
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server in token mode."""
-    config = {"auth": {"mode": "token", "jwt_secret": SECRET}, "rooms": {"grace": 0.0}}
+    config = {"auth": {"mode": "token", "jwt_secret": SECRET}, "server": {"drain": 0.0}}
     env = {"RIVULET_AUTH__KEYS": json.dumps(KEYS)}
     process = Server(tmp_path_factory.mktemp("guarded"), config, env)
     yield process
     process.stop()
+
+
+DAY = time.time() + 86400
+LASTING = token("ann", exp=DAY)
 
 
 def bearer(text: str) -> dict[str, str]:
@@ -49,11 +53,11 @@ def bearer(text: str) -> dict[str, str]:
 
 NOT_IN: dict[str, tuple[dict[str, str], str]] = {
     "nobody": ({}, "token_missing"),
-    "wrong": (bearer(token(key="x" * 32)), "token_invalid"),
+    "wrong": (bearer(token(key="x" * 32, exp=DAY)), "token_invalid"),
     "garbage": (bearer("{}.{}.!"), "token_invalid"),
     "another scheme": ({"Authorization": "Basic YW5uOmFubg=="}, "token_missing"),
     "expired": (bearer(token(exp=time.time() - 5)), "token_expired"),
-    "not yet": (bearer(token(nbf=time.time() + 500)), "token_invalid"),
+    "not yet": (bearer(token(nbf=DAY, exp=DAY)), "token_invalid"),
     "unknown key": ({"X-API-Key": "no-such-key"}, "token_invalid"),
     "spent cookie": ({"Cookie": "rivulet_token=nothing"}, "token_invalid"),
 }
@@ -181,12 +185,12 @@ async def test_what_is_open_to_everybody(guarded: Server, path: str) -> None:
     "headers",
     [
         bearer(MINE),
-        bearer(token("ann")),
+        bearer(LASTING),
         {"authorization": f"bearer  {MINE}"},
         {"X-API-Key": MINE},
         {"api-key": MINE},
         {"Cookie": f"theme=dark; rivulet_token={MINE}"},
-        {"Cookie": f"rivulet_token={token('ann')}"},
+        {"Cookie": f"rivulet_token={LASTING}"},
     ],
 )
 async def test_ways_to_say_who_it_is(guarded: Server, headers: dict[str, str]) -> None:
@@ -202,7 +206,7 @@ async def test_ways_to_say_who_it_is(guarded: Server, headers: dict[str, str]) -
 
 # What each frame gets: from nobody, from who may only read the room, from who may do all in it.
 TOLD: dict[str, tuple[JSON, str, str, str]] = {
-    "authenticate": ({"token": token("eve")}, "authenticated", "forbidden", "forbidden"),
+    "authenticate": ({"token": token("eve", exp=DAY)}, "authenticated", "forbidden", "forbidden"),
     "join": ({"room": "secret"}, "token_missing", "forbidden", "joined"),
     "leave": ({"room": "lobby"}, "token_missing", "left", "left"),
     "message": ({"room": "lobby", "content": "Hi"}, "token_missing", "forbidden", "ack"),

@@ -15,6 +15,7 @@ from aiohttp import web
 from app import build
 from handlers import websocket
 from streaming.config import Auth, Config
+from streaming.config import Server as ServerConfig
 from tests.conftest import StartServer
 from tests.inside import in_process
 from tests.processes import Server
@@ -29,13 +30,14 @@ LATE = 5.0  # seconds after its end in which a stream must have ended; a second 
 SERVICE = {"X-API-Key": "a-service-key"}
 KEYS = {"RIVULET_AUTH__KEYS": json.dumps([{"key": "a-service-key", "user": "s", "service": True}])}
 AUTH = {"mode": "token", "jwt_secret": SECRET}
+QUICK = {"drain": 0.0}
 SLOW = "demo:rate=20,tokens=2000"
 
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server in token mode."""
-    process = Server(tmp_path_factory.mktemp("guarded"), {"auth": AUTH}, KEYS)
+    process = Server(tmp_path_factory.mktemp("guarded"), {"auth": AUTH, "server": QUICK}, KEYS)
     yield process
     process.stop()
 
@@ -158,7 +160,7 @@ async def test_one_that_comes_back_with_a_fresh_token_misses_nothing(guarded: Se
 
 async def test_one_that_takes_nothing_is_cut(server: StartServer) -> None:
     """It cannot be told, and is not waited for."""
-    guarded = server(auth=AUTH, env=KEYS)
+    guarded = server(auth=AUTH, server=QUICK, env=KEYS)
     headers, ends = brief()
     async with connect(guarded.url, receive_buffer=2048) as connection:
         await connection.request("GET", "/api/v1/rooms/busy/events", headers=headers)
@@ -184,7 +186,7 @@ async def test_a_key_that_is_taken_back(server: StartServer, tmp_path: Path) -> 
     file = tmp_path / "keys.toml"
     lines = [f'[[keys]]\nkey = "the-key-of-{user}"\nuser = "{user}"\n' for user in ("ann", "bob")]
     file.write_text("".join(lines))
-    guarded = server(auth={"mode": "token", "keys_file": str(file)})
+    guarded = server(auth={"mode": "token", "keys_file": str(file)}, server=QUICK)
     async with (
         dialled(guarded.url, "/ws/r", headers={"X-API-Key": "the-key-of-ann"}) as ann,
         dialled(guarded.url, "/ws/r", headers={"X-API-Key": "the-key-of-bob"}) as bob,
@@ -321,4 +323,4 @@ async def test_a_socket_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def inside() -> web.Application:
-    return build(Config(auth=Auth(mode="token", jwt_secret=SECRET)))
+    return build(Config(auth=Auth(mode="token", jwt_secret=SECRET), server=ServerConfig(drain=0)))

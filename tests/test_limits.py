@@ -156,7 +156,7 @@ class Instance:
 
     async def said(self) -> None:
         """What it has told is in Redis: calls keep their order."""
-        await self.link.command("PING")
+        await self.link.command("EXISTS", "r:any")
 
 
 Start = Callable[..., Any]

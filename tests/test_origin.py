@@ -50,7 +50,7 @@ ASKED = (
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server in token mode."""
-    config = {"auth": {"mode": "token", "jwt_secret": SECRET}}
+    config = {"auth": {"mode": "token", "jwt_secret": SECRET}, "server": {"drain": 0.0}}
     process = Server(tmp_path_factory.mktemp("guarded"), config)
     yield process
     process.stop()

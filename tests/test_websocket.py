@@ -142,13 +142,13 @@ async def test_leave_answers_left(demo_server: Server) -> None:
 
 
 async def test_a_socket_for_which_there_is_no_room_is_told_when(server: StartServer) -> None:
-    """Where rooms are bounded and all are in use: 1013 on a socket of one room, an error in reply
-    to `join`.
+    """Where rooms are bounded and all are in use: an error and 1013 on a socket of one room, an
+    error in reply to `join`.
     """
     process = server(rooms={"max_rooms": 1})
     async with joined(process.url, "a"):
         async with on_socket(process.url, "/ws/b") as bob:
-            assert await bob.rest() == []
+            assert [told["code"] for told in await bob.rest()] == ["overloaded"]
             assert bob.code == 1013
         async with on_socket(process.url) as bob:
             assert (await bob.call("join", room="b"))["code"] == "overloaded"
