@@ -41,7 +41,8 @@ def check_origin(request: web.Request) -> None:
     """Raises Forbidden where a page of another origin asks that is not listed."""
     origin = request.headers.get("Origin")
     if origin is None:
-        foreign = request.headers.get("Sec-Fetch-Site") == "cross-site"
+        # Another port of this machine is of the same site, and another origin all the same.
+        foreign = request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
     else:
         own = origin.partition("://")[2] == request.headers.get("Host")
         foreign = not own and not is_listed(request, request.app[CONFIG].cors)

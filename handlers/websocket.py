@@ -28,6 +28,7 @@ from handlers.keys import (
     REFUSED,
     REQUEST_ID,
     ROOMS,
+    USER,
 )
 from handlers.reading import Fields, last_event_id, parse
 from handlers.rooms import history, is_personal, said
@@ -89,11 +90,11 @@ class Connection:
         """The rooms where this person is at first: their own, of which nothing is said, and that of
         the path. Raises Forbidden, NotFound, Unavailable.
         """
-        # In this order: `begin` takes the last for that of the path.
         names = [f"user:{who.user}"] if who.user != "anonymous" else []
         names += [check_room(self.path, who, "subscribe")] if self.path else []
         rooms = self._app[ROOMS]
-        return [await rooms.open(n, self._after if n == self.path else None) for n in names]
+        after = {self.path: self._after}
+        return [await rooms.open(name, after.get(name)) for name in dict.fromkeys(names)]
 
     def begin(self, who: Identity, rooms: list[Room]) -> None:
         """It is known who it is: comes into these rooms."""
@@ -301,19 +302,21 @@ async def serve(request: web.Request) -> web.StreamResponse:
 
 async def echo(request: web.Request) -> web.WebSocketResponse:
     """GET /echo: returns each frame as it came."""
-    limits = request.app[CONFIG].limits
-    response = web.WebSocketResponse(
-        compress=False, autoclose=False, max_msg_size=limits.echo_bytes
-    )
-    await response.prepare(request)
-    async for received in response:
-        if received.type is WSMsgType.TEXT:
-            await response.send_str(received.data)
-        elif received.type is WSMsgType.BINARY:
-            await response.send_bytes(received.data)
-        elif received.type is WSMsgType.ERROR:
-            await _linger(request)
-    await _goodbye(response)
+    most = request.app[CONFIG].limits.echo_bytes
+    response = web.WebSocketResponse(compress=False, autoclose=False, max_msg_size=most)
+    entry = await request.app[LIMITS].admit(address_of(request), request[USER])
+    try:
+        await response.prepare(request)
+        async for received in response:
+            if received.type is WSMsgType.TEXT:
+                await response.send_str(received.data)
+            elif received.type is WSMsgType.BINARY:
+                await response.send_bytes(received.data)
+            elif received.type is WSMsgType.ERROR:
+                await _linger(request)
+        await _goodbye(response)
+    finally:
+        entry.leave()
     return response
 
 

@@ -26,7 +26,8 @@ MODULES = (
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    "--disable-dev-shm-usage",
+    *("--disable-dev-shm-usage", "--disable-popup-blocking"),
+    "--host-resolver-rules=MAP *.test 127.0.0.1",
 )
 
 TEMPLATE = """<!doctype html><meta charset="utf-8"><title>test</title>
@@ -76,9 +77,18 @@ class Browser:
     async def __aexit__(self, *_: object) -> None:
         await self._runner.cleanup()
 
-    async def run(self, front: Front, script: str, seconds: float = 60.0, **given: Any) -> Any:
-        """What `script` returns; it finds the keyword arguments in `given`. Raises PageError when
-        it throws, TimeoutError when it does not end."""
+    async def run(
+        self,
+        front: Front,
+        script: str,
+        seconds: float = 60.0,
+        host: str = "127.0.0.1",
+        **given: Any,
+    ) -> Any:
+        """What `script` returns; it finds the keyword arguments in `given`. host: by which name the
+        page knows this machine, `*.test` for one. Raises PageError when it throws, TimeoutError
+        when it does not end.
+        """
         self._runs += 1
         self._result = asyncio.get_running_loop().create_future()
         front.page = TEMPLATE % {
@@ -91,7 +101,7 @@ class Browser:
             shutil.which("chromium") or "chromium",
             *FLAGS,
             f"--user-data-dir={profile}",
-            front.url + PAGE,
+            front.url.replace("127.0.0.1", host) + PAGE,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,

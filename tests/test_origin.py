@@ -26,6 +26,7 @@ FOREIGN = (
     {"Origin": "http://localhost:3000.evil.example"},
     {"Origin": "https://localhost:3000"},
     {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site"},
 )
 # What starts, publishes, stops, moderates, or tells something.
 ASKED = (

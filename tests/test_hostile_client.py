@@ -1,0 +1,176 @@
+"""Clients that mean harm, with a token of their own or none: what is not theirs stays out of reach,
+by whatever spelling of an address, and what they hold open counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import pytest
+
+from tests.people import Socket, request
+from tests.processes import Server
+from tests.raw_socket import dialled
+from tests.readers import ask, connect
+from tests.tokens import SECRET, token
+
+StartServer = Callable[..., Server]
+LONG = "demo:rate=2,tokens=1000"
+
+
+UPGRADE = {
+    "Upgrade": "websocket",
+    "Connection": "Upgrade",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server in token mode."""
+    config = {"auth": {"mode": "token", "jwt_secret": SECRET}, "server": {"drain": 0.0}}
+    process = Server(tmp_path_factory.mktemp("guarded"), config)
+    yield process
+    process.stop()
+
+
+def bearer(user: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token(user)}"}
+
+
+@asynccontextmanager
+async def socket(server: Server, path: str, user: str) -> AsyncIterator[Socket]:
+    async with dialled(server.url, path, headers=bearer(user)) as raw:
+        yield Socket(raw)
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE"])
+async def test_no_spelling_of_a_path_is_open_to_everybody(guarded: Server, method: str) -> None:
+    """But those that are, and those of nothing."""
+    for path in (
+        "//health", "//metrics", "/health/", "/health/../metrics", "/health/..%2fmetrics",
+        "/health%2f..%2fmetrics", "/%2e/metrics", "/%6detrics", "/metrics%20", "/health;/metrics",
+        "/ws/../metrics", "/ws/%2e%2e/metrics", "/health%00", "http://127.0.0.1/metrics",
+        "/api/heartbeat/../v1/rooms", "/%61pi/v1/rooms",
+    ):  # fmt: skip
+        async with connect(guarded.url) as connection:
+            answer = await connection.request(method, path)
+            assert answer.status == 401, path
+
+
+@pytest.mark.parametrize(
+    "room", ["conv:ann:c1", "conv%3Aann%3Ac1", "%63onv:ann:c1", "conv:%61nn:c1", "user:ann"]
+)
+async def test_no_spelling_of_a_room_is_another_users(guarded: Server, room: str) -> None:
+    """It is answered like one that is not there, by every route; over a socket too."""
+    path = f"/api/v1/rooms/{room}"
+    for method, below, body in (
+        ("GET", "/messages", None), ("POST", "/messages", {"content": "Hi"}),
+        ("GET", "/presence", None), ("GET", "/events", None), ("DELETE", "", None),
+    ):  # fmt: skip
+        told = await request(guarded.url, method, path + below, body, headers=bearer("bob"))
+        assert (told[0], told[1]["error"]["code"]) == (404, "not_found"), method
+    async with ask("GET", f"{guarded.url}/ws/{room}", headers={**bearer("bob"), **UPGRADE}) as got:
+        assert got.status == 404
+    said = {"message": "Hi", "room": "conv:ann:c1"}
+    status, _ = await request(guarded.url, "POST", "/api/chat/stream", said, headers=bearer("bob"))
+    assert status == 422
+    async with socket(guarded, "/ws", "bob") as bob:
+        for name in ("conv:ann:c1", "user:ann"):
+            assert (await bob.call("join", room=name))["code"] == "not_found"
+            for type in ("message", "history", "presence", "typing", "generate", "leave"):
+                told = await bob.call(type, room=name, content="Hi", message="Hi")
+                assert told["code"] == "not_found", type
+
+
+async def test_another_users_answer_is_out_of_reach(guarded: Server) -> None:
+    """To read, to resume by any route, to stop: it is like one that is not known."""
+    asked = {"message": "Hi", "model": LONG, "conversation_id": "c1"}
+    chat = f"{guarded.url}/api/chat/stream"
+    async with ask("POST", chat, headers=bearer("ann"), json_body=asked) as answer:
+        stream = answer.headers["x-stream-id"]
+        at = f"/api/v1/streams/{stream}"
+        for method, path in (("GET", at), ("GET", f"{at}/events"), ("POST", f"{at}/stop")):
+            assert (await request(guarded.url, method, path, headers=bearer("bob")))[0] == 404
+        again = {**bearer("bob"), "Last-Event-ID": f"{stream}-1"}
+        for method, path in (
+            ("GET", "/stream"), ("POST", "/stream"), ("GET", "/chat"), ("GET", f"{at}/events"),
+            ("POST", "/api/chat/stream"), ("POST", "/api/v1/generate"),
+            ("POST", "/api/v1/ai/generate"), ("POST", "/api/v1/ai/generate/stream"),
+            ("POST", "/v1/chat/completions"),
+        ):  # fmt: skip
+            status, _ = await request(guarded.url, method, path, headers=again)
+            assert status == (404 if path.startswith(at) else 410), path
+        async with socket(guarded, "/ws/lobby", "bob") as bob:
+            assert (await bob.call("stop", stream_id=stream))["code"] == "not_found"
+        _, told = await request(guarded.url, "GET", at, headers=bearer("ann"))
+        assert told["state"] == "running"
+
+
+async def test_another_users_idempotency_key_finds_nothing(guarded: Server) -> None:
+    """The same key and body, of two people: two answers, two messages."""
+    ids: set[str] = set()
+    for user in ("ann", "bob", "ann"):
+        headers = {**bearer(user), "Idempotency-Key": "1"}
+        asked = {"prompt": "Hi", "model": "demo:tokens=2"}
+        url = f"{guarded.url}/stream"
+        async with ask("POST", url, headers=headers, json_body=asked) as answer:
+            ids.add(answer.headers["x-stream-id"])
+        path = "/api/v1/rooms/shared/messages"
+        _, told = await request(guarded.url, "POST", path, {"content": "Hi"}, headers=headers)
+        ids.add(told["id"])
+    assert len(ids) == 4
+
+
+async def test_a_ticket_is_for_opening_a_stream(guarded: Server) -> None:
+    """Not for what changes anything, and not for another ticket."""
+    headers = bearer("ann")
+    _, told = await request(guarded.url, "POST", "/api/v1/tickets", headers=headers)
+    query = f"?ticket={told['ticket']}"
+    for method, path in (
+        ("POST", "/api/v1/tickets"), ("POST", "/stream"), ("POST", "/api/v1/rooms/a/messages"),
+        ("DELETE", "/api/v1/rooms/a"), ("POST", "/api/v1/disconnect"), ("HEAD", "/v1/models"),
+    ):  # fmt: skip
+        async with ask(method, guarded.url + path + query) as answer:
+            assert answer.status == 401, path
+    assert (await request(guarded.url, "GET", f"/v1/models{query}"))[0] == 200
+
+
+async def test_the_first_who_speaks_is_who_it_is(guarded: Server) -> None:
+    """Two frames at once that say to be somebody: the second is refused, and nobody else came."""
+    async with dialled(guarded.url, "/ws/race") as raw:
+        anybody = Socket(raw)
+        for user in ("ann", "bob"):
+            await anybody.say("authenticate", token=token(user), ref=user)
+        told = await anybody.until("error")
+        assert [each["userId"] for each in told if each["type"] == "authenticated"] == ["ann"]
+        assert (told[-1]["code"], told[-1]["ref"]) == ("forbidden", "bob")
+        assert (await anybody.call("presence"))["members"] == ["ann"]
+
+
+async def test_a_socket_in_ones_own_room_is_told_once(guarded: Server) -> None:
+    """It is in that room anyhow."""
+    async with socket(guarded, "/ws/user:ann", "ann") as ann:
+        assert [each["type"] for each in await ann.so_far()] == ["joined"]
+        own = await ann.call("message", content="Hi")
+        assert [each["id"] for each in await ann.so_far()] == [own["id"]]
+
+
+async def test_an_echo_is_a_connection(server: StartServer) -> None:
+    """It counts as the others do, until it is closed."""
+    few = server(limits={"connections": 2})
+
+    async def another() -> int:
+        async with ask("GET", f"{few.url}/echo", headers=UPGRADE, keep_alive=True) as answer:
+            return answer.status
+
+    async with AsyncExitStack() as held:
+        for _ in range(2):
+            await held.enter_async_context(dialled(few.url, "/echo"))
+        assert await another() == 503
+    async with asyncio.timeout(30):
+        while await another() != 101:
+            await asyncio.sleep(0.01)
