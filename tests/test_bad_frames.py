@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from tests.conftest import SOAK
 from tests.processes import Server, until
 from tests.properties import property_test
-from tests.raw_socket import BINARY, TEXT, Frame, RawSocket, dialled, frame
+from tests.raw_socket import BINARY, CLOSE, TEXT, Frame, RawSocket, dialled, frame
+from tests.tokens import SECRET, token
 
 MB = 2**20
 JOINS = 100_000 if SOAK else 10_000
@@ -285,35 +286,71 @@ values = st.recursive(
 )
 NAMES = ("room", "content", "message", "messages", "last_event_id", "typing", "stream_id", "before",
          "limit", "token", "data", "idempotency_key", "model", "ref", "userId", "id")  # fmt: skip
-fields = st.dictionaries(st.sampled_from(NAMES), values | st.just("fuzz"), max_size=5)
+MALLORY, OTHER = (token(user, exp=2**32) for user in ("mallory", "ann"))
+known = st.sampled_from(["fuzz", "other", "user:mallory", MALLORY, OTHER, token("mallory", exp=1)])
+fields = st.dictionaries(st.sampled_from(NAMES), values | known, max_size=5)
 objects = st.builds(lambda type, rest: {"type": type, **rest}, st.sampled_from(TYPES), fields)
+LARGE = ('"%s"' % ("x" * 200_001), '"%s"' % ("x" * MB), "[%s0]" % ("0," * 50_000), "9" * 5000,
+         '{"a":' * 300 + "1" + "}" * 300, "[" * 30_000 + "]" * 30_000)  # fmt: skip
+large = st.builds(
+    lambda type, name, value: f'{{"type":"{type}","{name}":{value}}}',
+    st.sampled_from(TYPES), st.sampled_from(NAMES), st.sampled_from(LARGE),
+)  # fmt: skip
 texts = st.one_of(
-    objects.map(json.dumps), values.map(json.dumps), st.text(), fields.map(json.dumps)
+    objects.map(json.dumps), values.map(json.dumps), st.text(), fields.map(json.dumps), large
 ).map(lambda text: text.encode("utf-8", "replace"))
+WHO: dict[str, tuple[str, dict[str, str]]] = {
+    "open": ("/ws/fuzz?user_id=mallory", {}),
+    "token": ("/ws/fuzz", {"Authorization": f"Bearer {MALLORY}"}),
+    "unnamed": ("/ws/fuzz", {}),
+}
 
 
+@pytest.mark.parametrize("who", WHO)
 @property_test
 @given(st.lists(texts | st.binary(max_size=40).map(lambda b: b.decode("latin-1").encode())))
-def test_any_frames_get_an_answer_each_or_none(frames: list[bytes]) -> None:
-    """Whatever they say, the connection stays, nothing breaks inside, and nobody else notices."""
-    asyncio.run(fuzz(frames))
+def test_any_frames_get_an_answer_each_or_none(who: str, frames: list[bytes]) -> None:
+    """Whatever they say, the connection stays, or is closed for what is too large or not allowed;
+    nothing breaks inside, and nobody else notices.
+    """
+    asyncio.run(fuzz(who, frames))
 
 
-fuzzed: list[Server] = []
+fuzzed: dict[bool, Server] = {}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def fuzzed_server(demo_server: Server) -> None:
-    fuzzed.append(demo_server)
+def fuzzed_servers(demo_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    auth = {"mode": "token", "jwt_secret": SECRET}
+    guarded = Server(tmp_path_factory.mktemp("guarded"), {"auth": auth})
+    fuzzed.update({True: demo_server, False: guarded})
+    before = {server: len(server.log_lines()) for server in fuzzed.values()}
+    yield
+    for server, count in before.items():
+        assert not [x for x in server.log_lines()[count:] if x.get("level", "error") == "error"]
+    guarded.stop()
 
 
-async def fuzz(frames: list[bytes]) -> None:
-    async with dialled(fuzzed[0].url, "/ws/fuzz?user_id=mallory") as socket:
-        await socket.send(*(frame(TEXT, each) for each in frames))
-        for found in await rest(socket):
-            told = found.json()
-            assert told["type"] != "error" or told["code"] != "internal"
-    assert not fuzzed[0].log_lines("frame broke")
+async def fuzz(who: str, frames: list[bytes]) -> None:
+    path, headers = WHO[who]
+    server = fuzzed[who == "open"]
+    async with dialled(server.url, path, headers=headers) as socket, asyncio.timeout(30):
+        said = [*frames, b'{"type":"ping","ref":"last"}']
+        sending = asyncio.create_task(socket.send(*(frame(TEXT, each) for each in said)))
+        try:
+            while (found := await socket.receive()) is not None:
+                if found.opcode == CLOSE:
+                    assert found.code in (1009, 4401, 4403)
+                    return
+                told = found.json()
+                assert told["type"] != "error" or told["code"] != "internal"
+                if told["type"] == "pong" and told.get("ref") == "last":
+                    return
+        finally:
+            sending.cancel()
+            with contextlib.suppress(ConnectionError, asyncio.CancelledError):
+                await sending  # it may have been closed before all was said
+        pytest.fail("it was cut")
 
 
 async def test_rubbish_leaves_no_memory(demo_server: Server) -> None:

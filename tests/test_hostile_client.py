@@ -172,5 +172,5 @@ async def test_an_echo_is_a_connection(server: StartServer) -> None:
             await held.enter_async_context(dialled(few.url, "/echo"))
         assert await another() == 503
     async with asyncio.timeout(30):
-        while await another() != 101:
+        while await another() != 101:  # noqa: ASYNC110 - it is another process
             await asyncio.sleep(0.01)
