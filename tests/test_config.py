@@ -6,6 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import FrozenInstanceError, asdict, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -15,8 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streaming import config
-from streaming.auth import digest
+from streaming.auth import Auth, digest
 from streaming.config import Config, ConfigError, Key, Upstream, is_demo, is_loopback, load
+from streaming.errors import CannotStart
+from streaming.grants import ACTIONS
 from tests.properties import property_test
 
 ROOT = Path(__file__).parent.parent
@@ -556,6 +559,19 @@ def upstream_tables() -> st.SearchStrategy[list[dict[str, Any]]]:
     return st.lists(table, max_size=3)
 
 
+def key_tables() -> st.SearchStrategy[list[dict[str, Any]]]:
+    """API keys, as `upstream_tables`."""
+    actions = st.lists(st.sampled_from([*ACTIONS, "other", 1]), max_size=3)
+    grants = st.lists(st.sampled_from(["*", "a*", "", 1]), max_size=3)
+    required = {"key": st.sampled_from(["k", "l", "", "sha256:", "sha256:" + "a" * 64, " "])}
+    optional = {
+        "user": st.sampled_from(["ann", "", " ", "a\n"]),
+        "service": st.booleans() | SCALARS,
+        "grants": grants | st.dictionaries(st.sampled_from(["*", "a:*", ""]), actions) | VALUES,
+    }
+    return st.lists(st.fixed_dictionaries(required, optional=optional), max_size=3)
+
+
 def spelled(value: Any) -> str:
     """A value as TOML."""
     if isinstance(value, dict):
@@ -587,20 +603,27 @@ def whole(loaded: Config) -> bool:
         NAMES | st.text(), st.dictionaries(NAMES | st.text(), VALUES) | VALUES
     ),
     upstreams=st.none() | upstream_tables(),
+    keys=st.none() | key_tables(),
 )
 def test_any_file_is_loaded_or_refused(
     tmp_path_factory: pytest.TempPathFactory,
     document: dict[str, Any],
     upstreams: list[dict[str, Any]] | None,
+    keys: list[dict[str, Any]] | None,
 ) -> None:
     """Never another exception, and what is loaded has the right types."""
     if upstreams is not None:
         document["upstreams"] = upstreams
+    if keys is not None:
+        document["auth"] = {"mode": "token", "keys": keys}
     path = tmp_path_factory.getbasetemp() / "any.toml"
     lines = [f"{spelled(key)} = {spelled(value)}" for key, value in document.items()]
     path.write_text("\n".join(lines), "utf-8", "surrogatepass")
     try:
-        assert whole(load(str(path), {}))
+        loaded = load(str(path), {})
+        assert whole(loaded)
+        with suppress(CannotStart):  # a key that is there twice
+            Auth(loaded.auth)
     except ConfigError as error:
         assert error.problems
         assert all("\n" not in problem for problem in error.problems)
@@ -613,7 +636,7 @@ def test_any_file_is_loaded_or_refused(
         st.sampled_from([f"RIVULET_{s}__{k}".upper() for s, k in KEYS])
         | st.sampled_from(["RIVULET_UPSTREAMS", "OPENAI_API_KEY", "RIVULET_MODEL"])
         | st.text().map("RIVULET_{}".format),
-        TEXTS | VALUES.map(json.dumps) | upstream_tables().map(json.dumps),
+        TEXTS | (VALUES | upstream_tables() | key_tables()).map(json.dumps),
     ),
     overrides=st.dictionaries(
         st.sampled_from([f"{s}.{k}" for s, k in KEYS]) | st.text(), VALUES | st.none()
