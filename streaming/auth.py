@@ -122,7 +122,11 @@ class Auth:
         return any([self._public.refresh(), self._keys.refresh()])
 
     def _with_file(self, raw: bytes, suffix: str) -> dict[bytes, Identity]:
-        document = (json if suffix == ".json" else tomllib).loads(raw.decode())
+        try:
+            document = (json if suffix == ".json" else tomllib).loads(raw.decode())
+        except tomllib.TOMLDecodeError as error:
+            # Where, and not why: that may repeat a name, and some names are secrets, as below.
+            raise ValueError(f"is not TOML (at {str(error).rpartition('(at ')[2]}") from None
         # Not said which other names: where somebody has written `key = user` they are secrets.
         if not isinstance(document, dict) or [*document] != ["keys"]:
             raise ValueError("must have a list `keys`, and nothing else")

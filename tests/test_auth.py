@@ -327,6 +327,17 @@ def test_a_file_that_has_no_api_keys(tmp_path: Path, content: object, reason: st
     assert str(refused.value) in (f"{file}: {reason}", f"auth.keys: {reason}")
 
 
+@pytest.mark.parametrize(
+    "text", ["keys = first-secret", "k = {first-secret = 1, first-secret = 2}"]
+)
+def test_a_file_of_keys_that_is_no_toml_is_not_quoted(tmp_path: Path, text: str) -> None:
+    """It is said where."""
+    file = tmp_path / "keys.toml"
+    file.write_text(text)
+    with pytest.raises(CannotStart, match=r"keys.toml: is not TOML \(at line 1, column \d+\)$"):
+        auth(keys_file=str(file))
+
+
 # What an identity may do
 
 USERS = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=9)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import tokens
 from tests.clients import Kind, named, start, whole
 from tests.people import on_socket, request
 from tests.processes import Server, UpstreamProcess, until
@@ -156,6 +159,73 @@ async def test_no_secret_is_logged(
     assert len(running.log_lines("generation failed")) == 6
     assert len(running.log_lines("Error handling request from 127.0.0.1")) > 5
     assert not [text for text in running.stderr + running.stdout if SECRET in text]
+
+
+async def test_no_token_is_told(
+    server: StartServer, tmp_path: Path, redis_server: Callable[..., RedisServer]
+) -> None:
+    """Keys, JWTs and tickets, good and bad, wherever one can be: neither a line of the log has them
+    nor an answer, but for the one that gives a ticket out.
+    """
+    redis = redis_server(requirepass=SECRET)
+    jwks, keys = tmp_path / "jwks.json", tmp_path / "keys.toml"
+    jwks.write_text(json.dumps({"keys": [tokens.jwk("ES256")]}))
+    keys.write_text(f'[[keys]]\nkey = "{SECRET}-file"\nuser = "operator"\nservice = true\n')
+    signing = f"{SECRET}-of-more-than-16-characters"
+    auth = {"jwt_secret": signing, "jwt_key": str(jwks), "keys_file": str(keys)}
+    running = server(
+        auth={"mode": "token", **auth},
+        redis={"url": redis.url.replace("//", f"//:{SECRET}@"), "lease": 1.0},
+        env={"RIVULET_AUTH__KEYS": json.dumps([{"key": f"{SECRET}-key", "user": "ann"}])},
+    )
+    good = [tokens.token("ann", signing), f"{SECRET}-key", f"{SECRET}-file",
+            tokens.token("ann", tokens.pair("ES256")[0], "ES256")]  # fmt: skip
+    bad = [tokens.token("ann"), tokens.token("ann", signing, exp=1), f"{SECRET}.{SECRET}.{SECRET}",
+           SECRET, SECRET * 2000, tokens.token("ann", signing, sub=None)]  # fmt: skip
+    secrets, told = {SECRET}, [b""]
+    secrets |= {each.rpartition(".")[2] for each in good + bad}
+
+    async def hear(path: str, headers: dict[str, str], method: str = "GET") -> int:
+        async with ask(method, running.url + path, headers=headers) as answer:
+            told.append(repr(answer.headers).encode())
+            async for piece in answer.pieces():
+                told.append(piece)
+                break  # some go on for ever
+            return answer.status
+
+    for each in good + bad:
+        named = {"X-API-Key": each}, {"api-key": each}, {"Cookie": f"rivulet_token={each}"}
+        for headers in ({"Authorization": f"Bearer {each}"}, *named):
+            if len(each) > 8000:
+                continue  # too long for a header: by a frame, below
+            for path in (
+                "/v1/models", "/metrics", f"/nowhere?token={each}", "/stream?model=demo:fail",
+                "/api/v1/rooms/x/events", "/api/v1/rooms/conv:bob:1/events",
+            ):  # fmt: skip
+                assert (await hear(path, headers) == 401) is (each in bad)
+    async with on_socket(running.url, "/ws/x") as socket:
+        frames = [await socket.call("authenticate", token=each) for each in [*bad, *good[:2]]]
+        frames += await socket.so_far()
+        told += [json.dumps(each).encode() for each in frames]
+    for path in ("/v1/models", "/api/v1/rooms/x/events", "/stream?prompt=Hi", "/echo", "/nowhere"):
+        own = {"Authorization": f"Bearer {good[0]}"}
+        _, given = await request(running.url, "POST", "/api/v1/tickets", headers=own)
+        secrets.add(given["ticket"])
+        join = "&" if "?" in path else "?"
+        assert await hear(f"{path}{join}ticket={given['ticket']}", {}) != 401
+        assert await hear(f"/v1/models?x&%74icket={given['ticket']}", {}) in (200, 401)
+        async with on_socket(running.url, "/ws/x", ticket=given["ticket"]) as socket:
+            told += [json.dumps(each).encode() for each in await socket.rest()]
+    keys.write_text(f'keys = [{{"{SECRET}" = 1, "{SECRET}" = 2}}]')
+    jwks.write_text(f'{{"keys": ["{SECRET}"]}}')
+    await until(lambda: len(running.log_lines("file not used")) == 2)
+    redis.kill()
+    await until(lambda: running.log_lines("Redis is away"))
+    assert await hear(f"/v1/models?ticket={SECRET}", {}) == 503
+    assert await hear("/api/v1/tickets", own, "POST") == 503
+    assert running.stop() == 0
+    lines = [line.encode() for line in running.stderr + running.stdout]
+    assert not [line for line in lines + told if any(each.encode() in line for each in secrets)]
 
 
 @pytest.mark.parametrize("address", [f"redis://:{SECRET}/x@127.0.0.1:1", f"redis://u:{SECRET}#@h"])
