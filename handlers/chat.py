@@ -153,7 +153,7 @@ async def begin(
     if question.room or question.conversation_id:
         room = await app[ROOMS].open(_room_name(who, question))
         await room.keeper.settle(room)  # an answer that a client has seen the end of is context
-        messages = _context(room, question)
+        messages = _context(room, question, who)
     last = messages[-1]
     ask = Ask(
         ModelCall(question.model, messages, question.params),
@@ -178,11 +178,13 @@ def _room_name(who: Identity, question: Question) -> str:
     return f"conv:{owner}:{conversation}"
 
 
-def _context(room: Room, question: Question) -> list[JSON]:
+def _context(room: Room, question: Question, who: Identity) -> list[JSON]:
     """What the model is told: the conversation's last messages, or the client's own."""
     if not question.message:
         return question.messages
     said = {"role": "user", "content": question.message}
+    if not who.may("subscribe", room.name):
+        return [said]  # it could be asked for what they may not read
     return [*room.context(), said][-(room.messages.maxlen or 1) :]
 
 

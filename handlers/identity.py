@@ -55,8 +55,8 @@ def ticket_of(request: web.Request) -> str:
 
 
 def holding(request: web.Request) -> AbstractContextManager[None]:
-    """Keeps the ticket good that the request came with, as long as this is open."""
-    ticket = ticket_of(request)
+    """Keeps the ticket good that a stream came with, as long as this is open."""
+    ticket = "" if _is_socket(request) else ticket_of(request)
     return request.app[TICKETS].held(ticket) if ticket else nullcontext()
 
 

@@ -128,7 +128,8 @@ async def delete(request: web.Request) -> web.Response:
     if room is None:
         raise NotFound("no such room", param="room")
     for stream_id in list(room.running):
-        if (generation := await request.app[GENERATIONS].find(stream_id, who)) is not None:
+        generation = await request.app[GENERATIONS].find(stream_id, who, "moderate")
+        if generation is not None:
             generation.stop()
     # A client that goes away meanwhile leaves no half of it.
     await asyncio.shield(asyncio.create_task(rooms.delete(room, who.user)))

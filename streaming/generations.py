@@ -134,13 +134,15 @@ class Generations:
         starting = self._starting.get(found.id)  # perhaps it is found to run elsewhere
         return found if starting is None else await asyncio.shield(starting)
 
-    async def find(self, stream_id: str, who: Identity) -> Generation | None:
-        """The generation of this id, if this person may know of it. Raises Unavailable."""
+    async def find(
+        self, stream_id: str, who: Identity, action: str = "subscribe"
+    ) -> Generation | None:
+        """The generation of this id, if this person may do that with it. Raises Unavailable."""
         self._sweep()
         generation: Generation | None = self._held.get(stream_id)
         if generation is None and self._mirror is not None:
             generation = await self._mirror.find(stream_id)
-        if generation is None or not generation.open_to(who, "subscribe"):
+        if generation is None or not generation.open_to(who, action):
             return None
         return generation
 

@@ -5,13 +5,22 @@ by whatever spelling of an address, and what they hold open counts.
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import pytest
 
+from app import build
+from handlers.keys import TICKETS
+from streaming.config import Auth, Config
+from streaming.tickets import FRESH
+from tests.clients import named
+from tests.inside import in_process
 from tests.people import Socket, request
-from tests.processes import Server
+from tests.processes import Server, UpstreamProcess
 from tests.raw_socket import dialled
 from tests.readers import ask, connect
 from tests.tokens import SECRET, token
@@ -37,8 +46,8 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     process.stop()
 
 
-def bearer(user: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token(user)}"}
+def bearer(user: str, **claims: Any) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token(user, **claims)}"}
 
 
 @asynccontextmanager
@@ -137,6 +146,52 @@ async def test_a_ticket_is_for_opening_a_stream(guarded: Server) -> None:
         async with ask(method, guarded.url + path + query) as answer:
             assert answer.status == 401, path
     assert (await request(guarded.url, "GET", f"/v1/models{query}"))[0] == 200
+
+
+async def test_a_spent_ticket_is_kept_for_a_moment() -> None:
+    """To be refused; no longer, because many would drive out the good ones."""
+    app = build(Config(auth=Auth(mode="token", jwt_secret=SECRET)))
+    async with in_process(app) as url:
+        _, told = await request(url, "POST", "/api/v1/tickets", headers=bearer("ann"))
+        async with dialled(url, f"/ws?ticket={told['ticket']}"):
+            ((value, until),) = app[TICKETS]._store._kept.values()  # type: ignore[attr-defined]
+    assert value.startswith(b"spent") and until < time.monotonic() + FRESH
+
+
+async def test_a_model_tells_nobody_what_they_may_not_read(
+    server: StartServer, upstream: UpstreamProcess
+) -> None:
+    """Who may only generate in a room is answered without what was said in it."""
+    auth = {"mode": "token", "jwt_secret": SECRET}
+    running = server(auth=auth, model={"name": "up:", "base_url": upstream.base})
+    path, model, headers = "/api/v1/rooms/board/messages", named("tokens=2"), bearer("ann")
+    await request(running.url, "POST", path, {"content": "the plan"}, headers=headers)
+    asked = {"message": "What was said?", "room": "board", "model": model}
+    for rooms in (["generate"], ["generate", "subscribe"]):
+        headers = bearer("bob", rooms={"board": rooms})
+        chat = f"{running.url}/api/chat/stream"
+        async with ask("POST", chat, headers=headers, json_body=asked) as answer:
+            assert answer.status == 200
+            await answer.body()
+    told = [
+        [each["content"] for each in entry["body"]["messages"]] for entry in upstream.log(model)
+    ]
+    assert told[0] == ["What was said?"] and told[1][0] == "the plan"
+
+
+async def test_who_only_moderates_stops_what_runs_in_a_room(server: StartServer) -> None:
+    """They may not read it, and with the room it ends all the same."""
+    grants = json.dumps([{"key": "a-key", "user": "mod", "grants": {"*": ["moderate"]}}])
+    auth = {"mode": "token", "jwt_secret": SECRET}
+    running = server(auth=auth, env={"RIVULET_AUTH__KEYS": grants})
+    async with socket(running, "/ws/lobby", "ann") as ann:
+        stream = (await ann.call("generate", message="Hi", model=LONG))["stream_id"]
+        path, key = "/api/v1/rooms/lobby", {"X-API-Key": "a-key"}
+        assert (await request(running.url, "DELETE", path, headers=key))[0] == 200
+        _, told = await request(
+            running.url, "GET", f"/api/v1/streams/{stream}", headers=bearer("ann")
+        )
+        assert told["state"] == "cancelled"
 
 
 async def test_the_first_who_speaks_is_who_it_is(guarded: Server) -> None:
