@@ -104,6 +104,7 @@ class Connection:
                 self.enter(room, self._after)
             else:
                 self.sink.follow(room.join(None)[0])
+        self._after = None  # it may be as long as a URL
 
     def refuse(self, error: RivuletError) -> None:
         """Tells why, and closes."""

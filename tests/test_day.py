@@ -137,11 +137,9 @@ class Person:
         path = f"/api/v1/rooms/{self.room()}/events"
         after: dict[str, str] = {}
         for _ in range(self.random.randrange(1, 4)):
-            accept, parser = self.random.choice(
-                [("text/event-stream", Sse), ("application/x-ndjson", Ndjson)]
-            )
+            accept = self.random.choice(["text/event-stream", "application/x-ndjson"])
             async with self.ask("GET", path, Accept=accept, **after) as answer:
-                reader = Stream(answer, parser())
+                reader = Stream(answer, Sse() if accept == "text/event-stream" else Ndjson())
                 await reader.hear("joined")
                 await self.ask_away(f"{path.removesuffix('/events')}/messages")
                 await reader.hear("message")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from app import build
-from handlers.keys import TICKETS
+from handlers.keys import DELIVERY, TICKETS
 from streaming.config import Auth, Config
 from streaming.tickets import FRESH
 from tests.clients import named
@@ -91,8 +91,8 @@ async def test_no_spelling_of_a_room_is_another_users(guarded: Server, room: str
         for name in ("conv:ann:c1", "user:ann"):
             assert (await bob.call("join", room=name))["code"] == "not_found"
             for type in ("message", "history", "presence", "typing", "generate", "leave"):
-                told = await bob.call(type, room=name, content="Hi", message="Hi")
-                assert told["code"] == "not_found", type
+                frame = await bob.call(type, room=name, content="Hi", message="Hi")
+                assert frame["code"] == "not_found", type
 
 
 async def test_another_users_answer_is_out_of_reach(guarded: Server) -> None:
@@ -212,6 +212,17 @@ async def test_a_socket_in_ones_own_room_is_told_once(guarded: Server) -> None:
         assert [each["type"] for each in await ann.so_far()] == ["joined"]
         own = await ann.call("message", content="Hi")
         assert [each["id"] for each in await ann.so_far()] == [own["id"]]
+
+
+async def test_a_socket_keeps_no_part_of_its_url() -> None:
+    """It can have 64 KB, and be one of many thousands."""
+    app = build(Config())
+    path = f"/ws/lobby?last_event_id={'x' * 5000}"
+    async with in_process(app) as url, dialled(url, path) as raw:
+        assert len((await raw.hear("gap"))["requested"]) == 5000
+        await raw.hear("joined")
+        (sink,) = app[DELIVERY]
+        assert sink.listener._after is None  # type: ignore[attr-defined]
 
 
 async def test_an_echo_is_a_connection(server: StartServer) -> None:
