@@ -244,7 +244,7 @@ ROWS = (
         _says("Ready") | _says("Ready", 503, "Not now, and why.")),
     Row("Operation", "GET /api/heartbeat", "It is alive, and what time it is", _says("Beat")),
     Row("Operation", "POST /api/heartbeat", "The same", _says("Beat")),
-    Row("Operation", "GET /metrics", "What it does, for Prometheus", TEXT),
+    Row("Operation", "GET /metrics", "What it does, for Prometheus, as a service", TEXT),
     Row("Operation", "GET /openapi.json", "This document", _says("Document") | {
         "304": {"description": "As it was."}}, "If-None-Match"),
     Row("Try", "GET /api/stream", "Counts, to try a client or a proxy on",

@@ -190,6 +190,7 @@ SCHEMAS: dict[str, JSON] = {
         "rooms",
         rooms=listing(record("room", "members", "position",
                              room=STRING, members=COUNT, position=POSITION)),
+        incomplete={"const": True, "description": "An instance did not answer."},
     ),
     "Members": record("room", "members", room=STRING, members=listing(STRING)),
     "Deleted": record("deleted", deleted={"const": True}),
