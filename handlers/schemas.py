@@ -85,6 +85,8 @@ _CONVERSATION = {
     "room": ROOM | {"description": "A shared room in which question and answer are told."},
 }
 
+_PARTS = listing({"type": "object"}, minItems=1)
+
 SCHEMAS: dict[str, JSON] = {
     "Position": STRING | {"description": "A place in a stream, `<epoch>-<offset>`; sent as `id`."},
     "Error": record("error", error=ERROR | {"required": ["code", "message", "request_id"]}),
@@ -97,9 +99,11 @@ SCHEMAS: dict[str, JSON] = {
         ),
     ),
     "Messages": listing(
-        record("role", role=text(), content=either(STRING, listing({"type": "object"}))),
+        either(
+            record("role", "content", role=text(), content=either(text(), _PARTS)),
+            record("role", role=one_of("assistant", "tool", "function"), content=ANY),
+        ),
         minItems=1,
-        description="Messages of other roles than `assistant`, `tool`, `function` have content.",
     ),
     "Whole": record("text", "tokens", text=STRING, tokens=COUNT),
     "ContentFrame": either(
