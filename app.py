@@ -29,6 +29,7 @@ from handlers import (
     logs,
     metrics,
     openai_api,
+    openapi,
     ops,
     rooms,
     streams,
@@ -113,7 +114,18 @@ def build(config: Config) -> web.Application:
     address = f"{config.redis.prefix}disconnect"
     app[VIGIL] = vigil = Vigil(auth, app[TICKETS], deliveries, relay, address)
     _run_with(app, vigil)
-    surfaces = (chat, openai_api, streams, rooms, websocket, channels, access, ops, metrics)
+    surfaces = (
+        chat,
+        openai_api,
+        streams,
+        rooms,
+        websocket,
+        channels,
+        access,
+        openapi,
+        ops,
+        metrics,
+    )
     for surface in surfaces:
         app.add_routes(surface.routes())
     app.on_response_prepare.append(name_response)

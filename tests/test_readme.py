@@ -93,7 +93,7 @@ def test_its_paths_are_served() -> None:
         (route.method, route.resource.canonical if route.resource else "")
         for route in build(Config()).router.routes()
     }
-    named = set(re.findall(r"(GET|POST) (/[a-z0-9/{}_]*)", README))
+    named = set(re.findall(r"(GET|POST) (/[a-z0-9/{}_.]*)", README))
     assert len(named) > 10
     assert named <= routes
 
