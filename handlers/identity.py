@@ -27,15 +27,15 @@ async def identify(request: web.Request) -> Identity:
     """Who is asking; NOBODY where nobody has to say. Raises Unauthorized, BadRequest."""
     check_query(request)
     auth = request.app[AUTH]
-    ticket = ticket_of(request)
-    if ticket:
+    public, ticket = path_of(request) in PUBLIC, ticket_of(request)
+    if ticket and not public:
         tickets, asked = request.app[TICKETS], target(request.raw_path)
         with suppress(*([Unauthorized] if auth.open else [])):  # there any or no token is taken
             return await tickets.redeem(ticket, asked, _is_socket(request))
     if auth.open:
         return auth.guest(_claimed(request))
     token = _token(request)
-    if path_of(request) in PUBLIC or (not token and is_room_socket(request)):
+    if public or (not token and is_room_socket(request)):
         return NOBODY
     return auth.identify(token)
 

@@ -75,7 +75,10 @@ class Vigil:
         for delivery in self._deliveries:
             for sink in list(delivery):
                 if sink.who is not None and (error := reason(sink.who)) is not None:
-                    sink.expel(error)
+                    try:
+                        sink.expel(error)
+                    except Exception:  # the others are to go all the same
+                        logger.exception("vigil broke")
 
     async def _watch(self) -> None:
         while True:
