@@ -35,6 +35,7 @@ from handlers import (
     streams,
     websocket,
 )
+from handlers.gate import BACKLOG, FIELDS, LINE_BYTES, Gate
 from handlers.keys import (
     AUTH,
     CHANNELS,
@@ -74,8 +75,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rivulet")
 
-BACKLOG = 4096  # connections waiting to be accepted: a reconnect storm comes at once
-LINE_BYTES = 65536  # of a request's first line: a GET's prompt is there, up to 12 bytes a character
 KEEPALIVE = 75.0  # seconds; longer than nginx keeps its side, so that it never meets a closed one
 HELD = 60.0  # seconds that an instance goes on hearing a room that nobody reads there
 WORKER_PAUSE = 0.5  # seconds before a worker that broke is started anew
@@ -293,11 +292,14 @@ async def _serve(config: Config, listener: socket.socket, url: str) -> None:
         access_log=None,
         shutdown_timeout=CUT_WAIT,
         keepalive_timeout=KEEPALIVE,
+        lingering_time=CUT_WAIT,
         max_line_size=LINE_BYTES,
+        max_headers=FIELDS,
     )
     await runner.setup()
-    site = web.SockSite(runner, listener, backlog=BACKLOG)
-    await site.start()
+    assert runner.server is not None
+    gate = Gate(app, runner.server)
+    await gate.open(listener)
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)
@@ -305,19 +307,18 @@ async def _serve(config: Config, listener: socket.socket, url: str) -> None:
     await told.wait()
     # A second SIGTERM does not give up the drain; a person's second Ctrl-C does.
     asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
-    await site.stop()
-    _close_idle(runner)
+    gate.close()
+    _close_idle(runner.server)
     await app.shutdown()
     await runner.cleanup()
 
 
-def _close_idle(runner: web.AppRunner) -> None:
+def _close_idle(server: web.Server) -> None:
     """Closes the connections that wait for a request, so that a proxy which keeps some open asks
     another instance, and not this one that would refuse. aiohttp's own `pre_shutdown` closes those
     at work too: their WebSockets would hear nothing more.
     """
-    assert runner.server is not None
-    for connection in runner.server.connections:
+    for connection in server.connections:
         if connection._current_request is None:
             connection.force_close()
 

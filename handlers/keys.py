@@ -33,6 +33,7 @@ class State:
     """What changes over the life of the application."""
 
     draining = False
+    reading = 0  # bytes of bodies that have not come whole
 
     def __init__(self) -> None:
         self.needs: dict[str, Need] = {}  # by what /ready says where one does not work

@@ -131,6 +131,14 @@ ROWS = [
         ("route", "status"),
     ),
     Row(
+        "rivulet_refused_total",
+        "counter",
+        "Connections refused before they had a request: overloaded, header_too_large, or "
+        "header_timeout, also where too many sent no head.",
+        _counted(lambda m: m.refused),
+        ("code",),
+    ),
+    Row(
         "rivulet_request_seconds",
         "histogram",
         "How long requests took that were answered in one piece.",

@@ -195,7 +195,7 @@ async def name_response(request: web.Request, response: web.StreamResponse) -> N
         response.headers.setdefault("X-Request-Id", request[REQUEST_ID])
     # Not `request.app`: a middleware of an application around this one may be what answers.
     app = request.match_info.apps[-1]
-    response.headers.update(headers_for(request, app[CONFIG].cors))
+    response.headers.update(headers_for(request.headers.get("Origin"), app[CONFIG].cors))
     if QUOTA in request:
         response.headers.update(request[QUOTA].headers())
     if app[STATE].draining:

@@ -45,15 +45,10 @@ def check_origin(request: web.Request) -> None:
         foreign = request.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site")
     else:
         own = origin.partition("://")[2] == request.headers.get("Host")
-        foreign = not own and not is_listed(request, request.app[CONFIG].cors)
+        foreign = not own and origin not in request.app[CONFIG].cors.origins
     if foreign:
         message = "pages of this origin may not use this server (cors.origins)"
         raise Forbidden(message, code="origin_not_allowed")
-
-
-def is_listed(request: web.Request, cors: Cors) -> bool:
-    """Whether it comes from a page of an origin that is listed."""
-    return request.headers.get("Origin") in cors.origins
 
 
 def names_loopback(host: str) -> bool:
@@ -80,16 +75,18 @@ def preflight(request: web.Request) -> web.Response | None:
     return web.Response(status=204, headers=headers)
 
 
-def headers_for(request: web.Request, cors: Cors) -> dict[str, str]:
-    """What each answer says to browsers: who may read it, and what not to make of it."""
+def headers_for(origin: str | None, cors: Cors) -> dict[str, str]:
+    """What each answer says to browsers: who may read it, and what not to make of it. origin: of
+    the page that asks.
+    """
     headers = {
         "Vary": "Origin",
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",  # a URL here may have a ticket in it
         "Cross-Origin-Resource-Policy": "same-site",
     }
-    if is_listed(request, cors):
-        headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
+    if origin is not None and origin in cors.origins:
+        headers["Access-Control-Allow-Origin"] = origin
         headers["Access-Control-Allow-Credentials"] = "true"
         headers["Access-Control-Expose-Headers"] = EXPOSED
     return headers

@@ -5,7 +5,9 @@ Bad input never passes silently: each error names the field (RivuletError, 4xx).
 
 from __future__ import annotations
 
+import asyncio
 import math
+import random
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,31 +16,57 @@ from urllib.parse import unquote_to_bytes
 import orjson
 from aiohttp import web
 
-from handlers.keys import CONFIG
+from handlers.keys import CONFIG, STATE
 from streaming.config import Limits
 from streaming.encoders import FRAMINGS, NDJSON, SSE, TEXT, Framing
-from streaming.errors import BadRequest, InvalidField, TooLarge
+from streaming.errors import BadRequest, InvalidField, RivuletError, TooLarge, Unavailable
 from streaming.events import JSON
 from streaming.writer import message_chars
+
+BODIES = 2**28  # bytes of bodies that have begun to come, or the largest one: all who send share it
 
 
 async def read_json(request: web.Request, most: int = 0) -> Any:
     """The body as JSON, whatever the content type says. most: bytes of it, where that is less than
-    of any body. Raises BadRequest, TooLarge; aiohttp raises 413.
+    of any body. Raises BadRequest, TooLarge, Unavailable; RivuletError where it takes too long.
     """
     limit = request.app[CONFIG].limits.body_bytes
-    if request.client_max_size != limit:  # an application around this one has a limit of its own
-        request = request.clone(client_max_size=limit)
+    if most:
+        limit = min(most, limit)
+    patience, state = request.app[CONFIG].server.body_timeout, request.app[STATE]
+    share, body = max(BODIES, limit), bytearray()
     try:
-        body = await request.read()
+        # Those who came together are not all to be refused in one turn of the loop.
+        async with asyncio.timeout(patience * random.uniform(1, 1.2)):
+            while piece := await request.content.readany():
+                body += piece
+                state.reading += len(piece)
+                if len(body) > limit:
+                    message = f"the body is larger than the {limit} bytes allowed here"
+                    raise _unread(request, TooLarge(message, param="body"))
+                if state.reading > share:
+                    message = "too much is being sent to this server"
+                    busy = Unavailable(message, code="overloaded", retry_after=1)
+                    raise _unread(request, busy)
+    except TimeoutError:
+        message = f"the body has not come within {patience:g} s"
+        slow = RivuletError(message, status=408, code="body_timeout")
+        raise _unread(request, slow) from None
     except web.RequestPayloadError:
         raise BadRequest("the body is not what its headers say", param="body") from None
-    if most and len(body) > most:
-        raise TooLarge(f"the body is larger than the {most} bytes allowed here", param="body")
+    finally:
+        state.reading -= len(body)
     return parse(body, "body")
 
 
-def parse(text: bytes | str, what: str) -> Any:
+def _unread(request: web.Request, error: RivuletError) -> RivuletError:
+    """The error, and what still comes of the body is passed over: nobody takes it apart."""
+    request.protocol.close()
+    error.headers["Connection"] = "close"
+    return error
+
+
+def parse(text: bytes | bytearray | str, what: str) -> Any:
     """A body or a frame as JSON. Raises BadRequest."""
     try:
         value = orjson.loads(text)

@@ -53,6 +53,13 @@ class Wheel:
         self._touched: OrderedDict[Beating, float] = OrderedDict()
         self._timer: asyncio.TimerHandle | None = None
 
+    def __len__(self) -> int:
+        return len(self._touched)
+
+    def oldest(self) -> Beating:
+        """The one that has not been touched for the longest time."""
+        return next(iter(self._touched))
+
     def touch(self, item: Beating) -> float:
         """Puts `item` at the end; new ones too. When that was, as time.monotonic() has it."""
         self._touched[item] = now = time.monotonic()

@@ -51,6 +51,7 @@ class Delivery:
         self.silence = Wheel(config.heartbeat)  # of feeds, touched when they write
         self.pings = Wheel(config.heartbeat / 2)  # of sockets
         self._sinks: dict[Sink, float] = {}  # and when it began
+        self.sockets = 0  # of them: WebSockets, whose connections aiohttp does not have
         self._idle = asyncio.Event()  # no sink is there
         self._feeds: dict[Hashable, Feed] = {}
 

@@ -57,5 +57,6 @@ class Metrics:
         self.upstream_errors: Counter[tuple[str, str]] = Counter()  # by upstream and code
         self.retries = 0
         # requests
+        self.refused: Counter[str] = Counter()  # before they were any; by code
         self.requests: Counter[tuple[str, str]] = Counter()  # by route and status
         self.request_seconds = Histogram(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60)

@@ -74,6 +74,7 @@ class SocketSink(Sink):
         self._silent = 0  # half heartbeats in which nothing came of it
         self._left = 0  # bytes that it had not taken at the last of them
         delivery.enter(self)
+        delivery.sockets += 1
         delivery.pings.touch(self)
 
     def send(self, frame: JSON) -> None:
@@ -247,6 +248,7 @@ class SocketSink(Sink):
         self.cursors.clear()
         self.delivery.pings.drop(self)
         seconds = self.delivery.leave(self)
+        self.delivery.sockets -= 1
         for each in (self._listening, self._catching_up, self._leaving, self._closing):
             if each is not None:
                 each.cancel()

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 import aiohttp
 import yaml
 
-from app import CUT_WAIT, KEEPALIVE, LINE_BYTES
+from app import CUT_WAIT, KEEPALIVE
+from handlers.gate import LINE_BYTES
 from streaming.config import Config, load
 from tests.conftest import StartNginx
 from tests.endpoints import url_of

@@ -1,0 +1,229 @@
+"""The gate: who has just connected waits in a lobby until the head of its first request is whole.
+
+So a flood meets little of us. Whoever says nothing, or a head byte by byte, costs a transport and
+what it has said, and no parser, task or timer; it is cut when `header_timeout` is over, or where
+LOBBY wait already, the longest there first: a client that means it sends its head right behind its
+connection. Only then is there a connection of aiohttp's, as long as there are less than
+`limits.connections`, or an answer at once that says when to come back. Those that are in stay.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import resource
+import secrets
+import socket
+import time
+from collections import deque
+from http import HTTPStatus
+from typing import cast
+
+import orjson
+from aiohttp import web
+
+from handlers.keys import CONFIG, DELIVERY, METRICS
+from handlers.origin import headers_for
+from streaming.clock import Wheel
+from streaming.config import Cors
+from streaming.dialects import openai_error
+from streaming.errors import RivuletError, Unavailable
+from streaming.limits import RETRY
+
+LINE_BYTES = 65536  # of a request's first line: a GET's prompt is there, up to 12 bytes a character
+HEAD_BYTES = LINE_BYTES + 32768  # of a whole head; nginx takes 32 KB of headers
+FIELDS = 100  # headers of a request
+AHEAD = 2  # requests that may wait on a connection; with 1 each request would stop its reading
+LOBBY = 1024  # that wait in it
+BACKLOG = 4096  # connections waiting to be accepted: a reconnect storm comes at once
+AT_ONCE = 32  # accepted, and let in, in one turn of the loop: whoever reads a room waits meanwhile
+RARELY = 20  # times as long as it took to count what is open, until it is counted again
+SPARE = 16  # beyond the limit, for those who ask how it is
+PROBES = b"GET /health ", b"GET /ready ", b"GET /metrics "
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class Gate:
+    """Lets connections in to an application that a server of aiohttp's runs."""
+
+    def __init__(self, app: web.Application, server: web.Server) -> None:
+        config = app[CONFIG]
+        self.cors = config.cors
+        self.refused = app[METRICS].refused
+        self.lobby = Wheel(config.server.header_timeout)
+        # A connection is an open file. Where there are none left nobody is even refused.
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.room = min(LOBBY, files // 4)
+        self.most = min(config.limits.connections or files, max(files - 2 * LOBBY, files // 2))
+        self._delivery = app[DELIVERY]
+        self._server = server
+        self._inside = 0  # those counted last, and all that were let in since
+        self._recount = 0.0  # not before then, as time.monotonic() has it
+        self._arrived: deque[Visitor] = deque()
+        self._listening: asyncio.Server | None = None
+
+    async def open(self, listener: socket.socket) -> None:
+        """Takes the connections of this socket."""
+        loop = asyncio.get_running_loop()
+        # asyncio accepts as many in one turn of the loop as it is told may wait.
+        self._listening = await loop.create_server(
+            lambda: Visitor(self), sock=listener, backlog=AT_ONCE
+        )
+        listener.listen(BACKLOG)
+
+    def close(self) -> None:
+        """Takes no more, and cuts those in the lobby."""
+        if self._listening is not None:
+            self._listening.close()
+        self.room = 0
+        while len(self.lobby):
+            self.lobby.oldest().beat()
+        self.lobby.stop()
+
+    def wait(self, visitor: Visitor) -> None:
+        """Somebody comes, or is to go on their own."""
+        self.lobby.touch(visitor)
+        if len(self.lobby) > self.room:
+            self.lobby.oldest().beat()
+
+    def arrive(self, visitor: Visitor) -> None:
+        """Somebody is to be let in, when it is their turn."""
+        self._arrived.append(visitor)
+        if len(self._arrived) == 1:
+            asyncio.get_running_loop().call_soon(self._admit)
+
+    def _admit(self) -> None:
+        try:
+            for _ in range(min(AT_ONCE, len(self._arrived))):
+                self._arrived.popleft().enter()
+        finally:  # whatever happens to one
+            if self._arrived:
+                asyncio.get_running_loop().call_soon(self._admit)
+
+    def take(self, head: bytes, transport: asyncio.Transport) -> bool:
+        """Hands a connection over to aiohttp; whether there was a place for it."""
+        spare = SPARE if head.startswith(PROBES) else 0
+        began = time.monotonic()
+        if self._inside >= self.most and began >= self._recount:
+            self._inside = len(self._server.connections) + self._delivery.sockets
+            now = time.monotonic()
+            self._recount = now + RARELY * (now - began)
+        if self._inside >= self.most + spare:
+            return False
+        self._inside += 1
+        handler = self._server()
+        # Private: aiohttp lets 32 requests wait behind one that is answered, with heads of up to
+        # 1 MB each: 60 MB of memory. (tests/test_gate.py holds it.)
+        handler._max_msg_queue_size = AHEAD
+        transport.set_protocol(handler)
+        handler.connection_made(transport)
+        handler.data_received(head)
+        if self._inside > self.most:
+            handler.close()  # once that is answered
+        return True
+
+
+class Visitor(asyncio.Protocol):
+    """A connection in the lobby."""
+
+    __slots__ = ("_arrived", "_gate", "_head", "_large", "_refused", "_transport")
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._head = bytearray()
+        self._arrived = self._large = self._refused = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.Protocol."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._gate.wait(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """See asyncio.Protocol."""
+        self._gate.lobby.drop(self)
+
+    def beat(self) -> None:
+        """It has no more time."""
+        self._gate.lobby.drop(self)
+        if not self._refused:
+            self._gate.refused["header_timeout"] += 1
+        self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio.Protocol."""
+        if self._refused:
+            return  # its body: a connection that is closed with bytes unread is reset
+        head, seen = self._head, len(self._head)
+        head += data if head else data.lstrip(b"\r\n")  # as RFC 9112, section 2.2, has it
+        if self._arrived:
+            self._transport.pause_reading()
+            return
+        start = max(0, seen - 2)
+        end = head.find(b"\n\r\n", start) + 3
+        whole = end > 2 or head.find(b"\n\n", start) >= 0  # the latter for aiohttp to refuse
+        end = end if end > 2 else len(head)
+        self._large = end > HEAD_BYTES or head.count(b"\n", 0, end) > FIELDS + 2
+        # What is no HTTP, as TLS, has no head; aiohttp says so.
+        if self._large:
+            self._transport.pause_reading()  # for good: it would go on
+            del head[FIELDS * 80 :]
+        if whole or self._large or (head and not head[:1].isalpha()):
+            self._arrived = True
+            self._gate.lobby.drop(self)
+            self._gate.arrive(self)
+
+    def enter(self) -> None:
+        """It is its turn."""
+        if self._transport.is_closing():
+            return
+        if self._large:
+            message = "the headers are too large"
+            self._refuse(RivuletError(message, status=431, code="header_too_large"))
+            return
+        if not self._transport.is_reading():
+            self._transport.resume_reading()
+        if not self._gate.take(bytes(self._head), self._transport):
+            message = "the server has as many connections as it may"
+            self._refuse(Unavailable(message, code="overloaded", retry_after=RETRY))
+
+    def _refuse(self, error: RivuletError) -> None:
+        head, self._head, self._refused = bytes(self._head), bytearray(), True
+        self._gate.refused[error.code] += 1
+        self._transport.write(refusal(head, error, self._gate.cors))
+        if head.startswith(b"GET ") and error.status != 431:
+            self._transport.close()
+        else:
+            self._transport.write_eof()
+            self._gate.wait(self)
+
+
+def refusal(head: bytes, error: RivuletError, cors: Cors) -> bytes:
+    """The whole answer that an error means to whoever sent this head; see handlers/middleware.py,
+    which answers those that are in.
+    """
+    first, *lines = head.decode("latin-1").split("\n", FIELDS)
+    pairs = (line.partition(":") for line in lines)
+    fields = {name.lower(): value.strip() for name, _, value in pairs}
+    target = "".join(first.split(" ")[1:2])
+    request_id = fields.get("x-request-id", "")
+    if not _REQUEST_ID.fullmatch(request_id):
+        request_id = secrets.token_hex(8)
+    back = fields.get("last-event-id") or re.search("[?&]last_event_id=[^&]", target)
+    headers = {**headers_for(fields.get("origin"), cors), "X-Request-Id": request_id}
+    if back and error.retry_after and "text/event-stream" in fields.get("accept", ""):
+        status, kind = 200, "text/event-stream"
+        body = b"retry: %d\n\n" % (error.retry_after * random.uniform(1000, 2000))
+    else:
+        status, kind = error.status, "application/json"
+        said = error.body(request_id)
+        if target.startswith("/v1/"):
+            said = openai_error(said, status)
+        body = orjson.dumps({"error": said})
+        if error.retry_after:
+            headers["Retry-After"] = str(round(error.retry_after))
+    headers |= {"Cache-Control": "no-store", "Connection": "close"}
+    headers |= {"Content-Type": kind, "Content-Length": str(len(body))}
+    top = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
+    top += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*top, "", ""]).encode() + body
