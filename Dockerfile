@@ -1,7 +1,7 @@
 # Rivulet in a container:
 #
 #     docker build --tag rivulet .
-#     docker run --read-only --stop-timeout 20 --publish 127.0.0.1:8080:8080 rivulet
+#     docker run --read-only --stop-timeout 20 --publish 127.0.0.1:8080:8080 --env RIVULET_AUTH__OPEN_ANYWHERE=true rivulet
 #
 # Configured by the environment alone, or by a file over /app/config.toml. The stop timeout has to be
 # longer than [server] drain. It writes nothing, but where RIVULET_HISTORY__PATH=/data/history.db
