@@ -1,6 +1,6 @@
 # make run ARGS="--port 9000" starts the server; make test checks everything.
 PYTHON ?= python3
-WORKERS ?= 3
+WORKERS ?= 4
 CODE = app.py handlers streaming tests bench
 BIN = .venv/bin
 
@@ -23,11 +23,11 @@ run: venv
 
 test: tools
 	$(MAKE) lint
-	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # The same tests with larger numbers.
 soak: tools
-	SOAK=1 $(BIN)/pytest -n $(WORKERS) $(ARGS)
+	SOAK=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 bench: .venv/tests
 	bench/install.sh

@@ -60,23 +60,31 @@ def _label(peer: str, measure: str) -> str:
 
 OPEN, GUARDED = "open, no log", "all doors"
 _SECRET = "x" * 32
+_DOORS = {
+    "RIVULET_AUTH__MODE": "token",
+    "RIVULET_AUTH__JWT_SECRET": _SECRET,
+    "RIVULET_SERVER__ACCESS_LOG": "true",
+    "RIVULET_LIMITS__CONNECTIONS_PER_IP": "100000",
+    "RIVULET_LIMITS__CONNECTIONS_PER_USER": "100000",
+    "RIVULET_LIMITS__RUNNING_PER_USER": "100000",
+    "RIVULET_LIMITS__REQUESTS_PER_MINUTE": "1000000",
+    "RIVULET_LIMITS__GENERATIONS_PER_MINUTE": "1000000",
+}
+
+
+def guards() -> AbstractContextManager[Mapping[str, str]]:
+    """The part that is all doors."""
+    return nullcontext(_DOORS)
+
+
+def token() -> str:
+    """That of a person who comes in through them."""
+    return jwt.encode({"sub": "anonymous", "exp": time.time() + 86400}, _SECRET)
 
 
 def doors(bench: Bench, count: int = 1000) -> Outcome:
     """All doors on (JWT, limits, the log), beside open mode without limits and log."""
-    doors = {
-        "RIVULET_AUTH__MODE": "token",
-        "RIVULET_AUTH__JWT_SECRET": _SECRET,
-        "RIVULET_SERVER__ACCESS_LOG": "true",
-        "RIVULET_LIMITS__CONNECTIONS_PER_IP": "100000",
-        "RIVULET_LIMITS__CONNECTIONS_PER_USER": "100000",
-        "RIVULET_LIMITS__RUNNING_PER_USER": "100000",
-        "RIVULET_LIMITS__REQUESTS_PER_MINUTE": "1000000",
-        "RIVULET_LIMITS__GENERATIONS_PER_MINUTE": "1000000",
-    }
-    token = jwt.encode({"sub": "anonymous", "exp": time.time() + 86400}, _SECRET)
-    peers: dict[str, Part] = {OPEN: nullcontext, GUARDED: lambda: nullcontext(doors)}
-    outcome = costs(bench, peers, count, {GUARDED: token})
+    outcome = costs(bench, {OPEN: nullcontext, GUARDED: guards}, count, {GUARDED: token()})
     for measure in MEASURES:
         outcome.at_least(0.9, measure, OPEN, GUARDED)
     return outcome

@@ -189,7 +189,7 @@ async def test_a_slow_link(
     slow = await wire(redis)
     three = await instances(redis.url, 2)
     await three.add(url=slow.url)
-    slow.delay = 0.2
+    slow.delay = 0.1
     async with Day(three.urls) as day:
         async with answering(three, 3) as answer:
             seen = await attach(three.c, answer.stream_id, CHAT)
