@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+import time
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ logger = logging.getLogger("rivulet.auth")
 
 T = TypeVar("T")
 
+SEEN = 10_000  # JWTs that are not verified once more, each 0.1 to 1 ms from cold
 TOKEN_CHARS = 8192  # of a token: one that is longer is not looked at
 USER_CHARS = 128
 EVERYBODY = Grants.read(["*"])
@@ -87,6 +89,7 @@ class Auth:
         self._config = cfg
         self._secret = [_Key(HS, cfg.jwt_secret)] if cfg.jwt_secret else []
         self._public: _File[list[_Key]] = _File(cfg.jwt_key, _public_keys, [])
+        self._seen: dict[bytes, Identity] = {}  # by the digest of their JWT
         try:
             self._keys = _File(cfg.keys_file, self._with_file, self._index(()))
         except ValueError as error:
@@ -104,8 +107,14 @@ class Auth:
             raise _invalid()
         # By digest, in whatever time that takes: what the time tells is how much of a digest was
         # right, and neither can one be steered towards another, nor turned back into its key.
-        known = self._keys.value.get(digest(token))
-        return known if known is not None else self._by_jwt(token)
+        name = digest(token)
+        known = self._keys.value.get(name) or self._seen.get(name)
+        if known is None or known.expires <= time.time():
+            known = self._by_jwt(token)
+            if len(self._seen) >= SEEN:
+                self._seen.clear()
+            self._seen[name] = known
+        return known
 
     def valid(self, identity: Identity, now: float) -> bool:
         """Whether it still holds at `now`: it has not expired, and its API key is there and says
@@ -120,7 +129,10 @@ class Auth:
         """Reads the files again; whether any has changed. One that cannot be used changes nothing,
         and is logged once.
         """
-        return any([self._public.refresh(), self._keys.refresh()])
+        changed = any([self._public.refresh(), self._keys.refresh()])
+        if changed:
+            self._seen.clear()
+        return changed
 
     def _with_file(self, raw: bytes, suffix: str) -> dict[bytes, Identity]:
         try:

@@ -217,6 +217,25 @@ def test_a_token_that_is_too_long_is_not_looked_at() -> None:
     assert refusal(auth(keys=(Key("k", "ann"),)), token())[0] == "token_invalid"
 
 
+def test_a_token_that_was_taken_expires_all_the_same() -> None:
+    """It is not verified once more, and looked at each time."""
+    brief = token(exp=time.time() + 1)
+    assert HMAC.identify(brief) is HMAC.identify(brief)
+    ends = time.monotonic() + 30
+    while "token_expired" not in refusals(HMAC, brief) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert refusal(HMAC, brief)[0] == "token_expired"
+
+
+def refusals(which: Auth, text: str) -> str:
+    """The code with which a token is refused, or ""."""
+    try:
+        which.identify(text)
+    except Unauthorized as error:
+        return error.code
+    return ""
+
+
 # Keys in files
 
 
