@@ -1,6 +1,6 @@
 # make run ARGS="--port 9000" starts the server; make test checks everything.
 PYTHON ?= python3
-WORKERS ?= 4
+WORKERS ?= 3
 CODE = app.py handlers streaming tests bench
 BIN = .venv/bin
 

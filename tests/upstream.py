@@ -373,10 +373,10 @@ async def main() -> None:
     options = parser.parse_args()
     server = await Upstream().start(options.host, options.port)
     host, port = server.sockets[0].getsockname()[:2]
-    print(f"http://{host}:{port}", flush=True)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    print(f"http://{host}:{port}", flush=True)
     await stop.wait()
     server.close()
 
