@@ -30,6 +30,9 @@ def stalled(plan: Audience, count: int) -> Iterator[None]:
         readers = [held.enter_context(socket.socket()) for _ in range(count)]
         for reader in readers:
             reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            # A network's segments: with loopback's of 64 KB the kernel holds 4 MB for each of them,
+            # passes its bound for all of TCP (tcp_mem), and refuses those who read as well.
+            reader.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 1400)
             reader.connect(address)
             reader.sendall(greeting(plan))
         for _ in range(fills if readers else 0):
