@@ -83,7 +83,7 @@ CUT_WAIT = 2.0  # seconds for cut streams to say their last, then for handlers t
 
 def build(config: Config) -> web.Application:
     """The application, ready to run or to be mounted in another."""
-    app = web.Application(client_max_size=config.limits.body_bytes)
+    app = web.Application()
     traces = _traces()
     if traces is not None:
         app.middlewares.append(traces.door)

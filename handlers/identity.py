@@ -109,10 +109,3 @@ def check_service(request: web.Request) -> None:
     """Raises Forbidden for whoever may not speak for others."""
     if not request[IDENTITY].service:
         raise Forbidden("this takes the key of a service")
-
-
-def check_somebody(who: Identity) -> Identity:
-    """Raises Unauthorized for NOBODY."""
-    if who is NOBODY:
-        raise Unauthorized("authenticate first", code="token_missing")
-    return who

@@ -28,7 +28,7 @@ from handlers.keys import (
 from handlers.origin import check_host, check_origin, headers_for, preflight
 from handlers.reading import last_event_id, path_of
 from streaming.dialects import openai_error
-from streaming.errors import RivuletError, TooLarge, Unauthorized
+from streaming.errors import RivuletError, Unauthorized
 from streaming.limits import Quota
 from streaming.metrics import SLOW
 
@@ -44,7 +44,6 @@ _REFUSALS = {
     400: "bad_request",
     404: "not_found",
     405: "method_not_allowed",
-    413: "too_large",
 }
 
 
@@ -132,10 +131,6 @@ def _refusal(request: web.Request, error: Exception) -> web.StreamResponse:
             if error.status in (429, 503) and _reconnects(request):
                 return _come_back(error)
             return error_response(request, error)
-        case web.HTTPRequestEntityTooLarge():
-            most = request.app[CONFIG].limits.body_bytes
-            message = f"the body is larger than the {most} bytes allowed"
-            return error_response(request, TooLarge(message, param="body"))
         case web.HTTPException() if error.status >= 400:
             code = _REFUSALS.get(error.status, "refused")
             refused = RivuletError(error.reason, status=error.status, code=code)

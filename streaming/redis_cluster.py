@@ -100,6 +100,7 @@ class Cluster(Link):
         for url in (*_shuffled(heard), *_shuffled(others)):
             node = connect(url)
             try:
+                # The ignored error: redis-py gives its commands no types.
                 told = await node.execute_command("CLUSTER", "SLOTS")  # type: ignore[no-untyped-call]
             except LOST as error:
                 if not self._nodes:  # what it is, is not said by any of them

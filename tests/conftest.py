@@ -22,6 +22,7 @@ from tests.nginx import Way
 from tests.processes import Server, UpstreamProcess
 from tests.redis_cluster import RedisCluster
 from tests.redis_server import RedisServer, Wire
+from tests.tokens import SECRET
 
 SOAK = os.environ.get("SOAK") == "1"
 CLUSTER = os.environ.get("CLUSTER") == "1"
@@ -63,6 +64,15 @@ def server(tmp_path: Path) -> Iterator[StartServer]:
 def demo_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server as it comes: the embedded demo model, every default."""
     process = Server(tmp_path_factory.mktemp("demo"), {})
+    yield process
+    process.stop()
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server in token mode."""
+    config = {"auth": {"mode": "token", "jwt_secret": SECRET}, "server": {"drain": 0.0}}
+    process = Server(tmp_path_factory.mktemp("guarded"), config)
     yield process
     process.stop()
 

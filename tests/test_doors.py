@@ -21,7 +21,7 @@ from streaming.config import Config
 from tests.processes import Server
 from tests.raw_socket import CLOSE, RawSocket, dialled
 from tests.readers import ask
-from tests.tokens import SECRET, token
+from tests.tokens import SECRET, bearer, token
 
 JSON = dict[str, Any]
 SERVICE, MINE = "a-service-key", "anns-own-key"
@@ -45,10 +45,6 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 DAY = time.time() + 86400
 LASTING = token("ann", exp=DAY)
-
-
-def bearer(text: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {text}"}
 
 
 NOT_IN: dict[str, tuple[dict[str, str], str]] = {

@@ -22,7 +22,7 @@ from tests.processes import Server
 from tests.raw_socket import CLOSE, RawSocket, dial, dialled
 from tests.readers import Answer, Ndjson, Sse, ask, connect
 from tests.redis_server import RedisServer
-from tests.tokens import SECRET, token
+from tests.tokens import SECRET, bearer, token
 
 JSON = dict[str, Any]
 SHORT = 2.0  # seconds that a token lasts
@@ -40,10 +40,6 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     process = Server(tmp_path_factory.mktemp("guarded"), {"auth": AUTH, "server": QUICK}, KEYS)
     yield process
     process.stop()
-
-
-def bearer(text: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {text}"}
 
 
 def brief(user: str = "ann") -> tuple[dict[str, str], float]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 
 from handlers.origin import names_loopback
 from tests.processes import Server
 from tests.readers import ask
-from tests.tokens import SECRET, token
+from tests.tokens import token
 
 LISTED = "http://localhost:3000"  # as config.toml has it
 UPGRADE = {
@@ -46,15 +45,6 @@ ASKED = (
     ("GET", "/ws/lobby", None),
     ("GET", "/echo", None),
 )
-
-
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server in token mode."""
-    config = {"auth": {"mode": "token", "jwt_secret": SECRET}, "server": {"drain": 0.0}}
-    process = Server(tmp_path_factory.mktemp("guarded"), config)
-    yield process
-    process.stop()
 
 
 async def code_of(url: str, asked: tuple[str, str, object], headers: dict[str, str]) -> str:

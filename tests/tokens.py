@@ -14,6 +14,11 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 SECRET = "a secret of at least 32 characters".replace(" ", "-")
 
 
+def bearer(text: str) -> dict[str, str]:
+    """The header with this token."""
+    return {"Authorization": f"Bearer {text}"}
+
+
 def pair(kind: str, number: int = 0) -> tuple[str, str]:
     """Private and public key as PEM, of a kind: RS256, ES256, ES384. number: another one."""
     return _pair(kind, number)
