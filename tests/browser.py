@@ -2,7 +2,8 @@
 
 A test gives the body of an async function in JavaScript; it runs in a page that comes from a front
 (tests/front.py), so that the server is its own origin, and gets back what the function returns.
-`fetchEventSource` of @microsoft/fetch-event-source is there by that name.
+`fetchEventSource` of @microsoft/fetch-event-source is there by that name, and `heard(id)` tells the
+front that the page has the message with this id.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Self
 
 from aiohttp import web
 
-from tests.front import PAGE, Front
+from tests.front import HEARD, PAGE, Front
 from tests.processes import ROOT
 
 MODULES = (
@@ -38,6 +39,7 @@ addEventListener("unhandledrejection", (e) => report({error: String(e.reason?.st
 addEventListener("error", (e) => report({error: String(e.error?.stack ?? e.message)}));
 const { fetchEventSource } = await import("%(results)s/fetch-event-source/index.js");
 const given = %(given)s;
+const heard = (id) => void fetch("%(heard)s" + encodeURIComponent(id)).catch(() => {});
 try {
   const value = await (async () => {
 %(script)s
@@ -93,6 +95,7 @@ class Browser:
         self._result = asyncio.get_running_loop().create_future()
         front.page = TEMPLATE % {
             "results": self.url,
+            "heard": HEARD,
             "given": json.dumps(given).replace("<", "\\u003c"),
             "script": script,
         }

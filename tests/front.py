@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from tests.sockets import rst
 
 PAGE = "/page-of-the-test"
+HEARD = PAGE + "?heard="
 
 
 @dataclass(slots=True)
@@ -31,11 +32,14 @@ class Asked:
 @dataclass(slots=True)
 class Cut:
     """The next request whose path starts with `path` is cut after so many bytes of response (its
-    head included), or right after these bytes."""
+    head included), or right after these bytes. heard: not before the page has said that it heard
+    all whole messages up to there. A browser that sees a connection fail drops what it has
+    received and not yet given to the page."""
 
     path: str
     after: int | bytes
     rst: bool = False
+    heard: bool = False
 
     def end(self, response: bytes) -> int:
         """How much of the response so far goes through; -1: all of it."""
@@ -54,6 +58,8 @@ class Front:
     page: str = ""
     cuts: list[Cut] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
+    _heard: set[bytes] = field(default_factory=set)
+    _more: asyncio.Condition = field(default_factory=asyncio.Condition)
     _server: asyncio.Server | None = None
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -68,9 +74,11 @@ class Front:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def cut(self, path: str, *after: int | bytes, rst: bool = False) -> None:
+    def cut(
+        self, path: str, *after: int | bytes, rst: bool = False, heard: bool = False
+    ) -> None:
         """Plans cuts of the next requests to `path`, one after the other."""
-        self.cuts += [Cut(path, each, rst) for each in after]
+        self.cuts += [Cut(path, each, rst, heard) for each in after]
 
     def to(self, path: str) -> list[Asked]:
         """The requests whose path starts so."""
@@ -93,8 +101,13 @@ class Front:
         method, target, _ = first.split(" ")
         pairs = (line.partition(":") for line in lines if line)
         asked = Asked(method, target, {k.strip().lower(): v.strip() for k, _, v in pairs})
-        if target == PAGE:
+        if target.startswith(PAGE):
             body = self.page.encode()
+            if target.startswith(HEARD):
+                body = b""
+                async with self._more:
+                    self._heard.add(urllib.parse.unquote_to_bytes(target.removeprefix(HEARD)))
+                    self._more.notify_all()
             writer.write(
                 b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n"
                 b"Connection: close\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
@@ -119,6 +132,10 @@ class Front:
                 writer.write(data)
                 await writer.drain()
                 if cut and asked.cut:
+                    if cut.heard:
+                        said = _last_id(asked.response)
+                        async with self._more:
+                            await self._more.wait_for(lambda: not said or said in self._heard)
                     if cut.rst:
                         rst(writer)
                     return
@@ -135,6 +152,21 @@ class Front:
                 outer.write(data)
                 await outer.drain()
         outer.transport.abort()
+
+
+def _last_id(response: bytes) -> bytes:
+    """The id that a client has which heard the last whole message of an SSE response."""
+    latest = said = b""
+    data = False
+    for line in response.split(b"\n"):
+        name, _, value = line.strip().partition(b":")
+        if name == b"id":
+            latest = value.strip()
+        elif name == b"data":
+            data = True
+        elif not line and data:
+            said, data = latest, False
+    return said
 
 
 def _one_request(head: bytes) -> bytes:
