@@ -45,6 +45,19 @@ async def test_one_timer_serves_all_items() -> None:
     assert wheel.turns <= 1.5 * sum(item.beats for item in items)
 
 
+async def test_what_is_due_at_nearly_one_time_shares_a_turn() -> None:
+    """A thousand sockets that came in one second are not a thousand turns of the loop."""
+    period, count = 0.2, 100
+    wheel, items = Counting(period), [Item() for _ in range(count)]
+    for item in items:
+        wheel.touch(item)
+        await asyncio.sleep(period / 2 / count)
+    async with asyncio.timeout(30):
+        await items[-1].enough.wait()
+    wheel.stop()
+    assert wheel.turns <= count / 2 * BEATS
+
+
 async def test_what_was_touched_does_not_beat() -> None:
     """An item that is touched more often than each period is silent beside one that is not."""
     wheel, quiet, silent = Wheel(0.2), Item(), Item()
