@@ -74,9 +74,7 @@ class Front:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def cut(
-        self, path: str, *after: int | bytes, rst: bool = False, heard: bool = False
-    ) -> None:
+    def cut(self, path: str, *after: int | bytes, rst: bool = False, heard: bool = False) -> None:
         """Plans cuts of the next requests to `path`, one after the other."""
         self.cuts += [Cut(path, each, rst, heard) for each in after]
 
@@ -133,9 +131,7 @@ class Front:
                 await writer.drain()
                 if cut and asked.cut:
                     if cut.heard:
-                        said = _last_id(asked.response)
-                        async with self._more:
-                            await self._more.wait_for(lambda: not said or said in self._heard)
+                        await self._hear(_last_id(asked.response))
                     if cut.rst:
                         rst(writer)
                     return
@@ -144,6 +140,11 @@ class Front:
         finally:
             pump.cancel()
             outer.transport.abort()
+
+    async def _hear(self, said: bytes) -> None:
+        """Until the page has said that it heard this id."""
+        async with self._more:
+            await self._more.wait_for(lambda: not said or said in self._heard)
 
     async def _pump(self, reader: asyncio.StreamReader, outer: asyncio.StreamWriter) -> None:
         """The request's body, and the client's going."""
