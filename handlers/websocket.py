@@ -108,7 +108,7 @@ class Connection:
 
     def refuse(self, error: RivuletError) -> None:
         """Tells why, and closes."""
-        self.sink.send({"type": "error", **error.body(self._request_id)})
+        self.sink.send(self._error(error))
         self.sink.close(CLOSES.get(error.status, WSCloseCode.POLICY_VIOLATION), error.code)
 
     def unnamed(self) -> None:
@@ -158,16 +158,25 @@ class Connection:
                 raise InvalidField("type", f"must be one of {', '.join(FRAMES)}")
             if self._who is NOBODY and kind not in FIRST:
                 raise Unauthorized("authenticate first", code="token_missing")
+            if self._limits.requests_per_minute and kind not in FIRST:
+                await self._app[LIMITS].take("requests", self._user)
             reply = action(self, frame)
             if isinstance(reply, Awaitable):
                 reply = await reply
         except RivuletError as error:
-            reply = {"type": "error", **error.body(self._request_id)}
+            reply = self._error(error)
         except Exception:
             logger.exception("frame broke", extra={"request_id": self._request_id})
-            reply = {"type": "error", **RivuletError("internal error").body(self._request_id)}
+            reply = self._error(RivuletError("internal error"))
         if reply is not None:
             self.sink.send(reply if ref is None else {**reply, "ref": ref})
+
+    def _error(self, error: RivuletError) -> JSON:
+        """The frame that this error means; with what is a header elsewhere."""
+        frame = {"type": "error", **error.body(self._request_id)}
+        if error.retry_after is not None:
+            frame["retry_after"] = max(1, round(error.retry_after))
+        return frame
 
     def _room(self, frame: JSON, action: str = "subscribe") -> Room:
         """The room that a frame is about: one that this socket is in, where it may do that."""

@@ -201,7 +201,9 @@ class Limits:
     connections_per_ip: int = number(0, 0, 10**7, "From one address, or an IPv6 /64.")
     connections_per_user: int = number(0, 0, 10**7, "Of one user, on all instances together.")
     running_per_user: int = number(0, 0, 10**7, "Answers at once, on all instances together.")
-    requests_per_minute: int = number(0, 0, 10**7, "Of one user, not in open mode.")
+    requests_per_minute: int = number(
+        0, 0, 10**7, "Of one user, with WebSocket frames; not in open mode."
+    )
     generations_per_minute: int = number(60, 0, 10**7, "Of one user, not in open mode.")
 
 

@@ -11,15 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app import build
 from streaming import config, limits
 from streaming.errors import TooMany, Unavailable
 from streaming.limits import Limits, client_ip
 from streaming.redis_doors import RedisCounts
 from streaming.schema import network
+from tests.inside import in_process
 from tests.processes import until
 from tests.properties import property_test
+from tests.raw_socket import dialled
+from tests.readers import ask
 from tests.redis_server import RedisServer
 from tests.test_tickets import linked
+from tests.tokens import SECRET, bearer, token
 
 
 def limited(**given: int) -> Limits:
@@ -77,6 +82,34 @@ async def test_there_are_no_rates_in_open_mode() -> None:
         assert await each.take("generations", "ann") is None
         assert await each.take("requests", "ann") is None
     assert await limited(generations_per_minute=0).take("generations", "ann") is None
+
+
+async def test_a_frame_is_a_request() -> None:
+    """Each that does something. One too many is told when to come back; the socket stays where it
+    is, and hears what others say.
+    """
+    auth = config.Auth(mode="token", jwt_secret=SECRET)
+    app = build(config.Config(auth=auth, limits=config.Limits(requests_per_minute=4)))
+    ann, bob = bearer(token("ann")), bearer(token("bob"))
+    async with in_process(app) as url, dialled(url, "/ws/hall", headers=ann) as socket:
+        for ref in range(3):  # its handshake is the first
+            await socket.say(type="ping")
+            await socket.say(type="authenticate", token=token("ann"))
+            await socket.say(type="presence", ref=ref)
+            assert (await socket.hear("presence"))["ref"] == ref
+        await socket.say(type="message", content="one too many", ref="x")
+        error = await socket.hear("error")
+        assert (error["code"], error["ref"]) == ("rate_limited", "x")
+        assert 50 < error["retry_after"] <= 60
+        await socket.say(type="ping", ref="there")
+        assert (await socket.hear("pong"))["ref"] == "there"
+        path = f"{url}/api/v1/rooms/hall"
+        async with ask("GET", f"{path}/presence", headers=ann) as answer:
+            assert answer.status == 429
+        said = {"content": "hello"}
+        async with ask("POST", f"{path}/messages", headers=bob, json_body=said) as answer:
+            assert answer.status == 201
+        assert (await socket.hear("message"))["content"] == "hello"
 
 
 # What is open at once
