@@ -7,13 +7,10 @@ Each frame of a client is a row of FRAMES, at the end of the file. A frame that 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import socket
 from collections.abc import Awaitable, Callable, Mapping
 
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import WSCloseCode, web
 
 from handlers.chat import Question, begin
 from handlers.identity import NOBODY, address_of, check_room, check_stop
@@ -33,6 +30,7 @@ from handlers.keys import (
 from handlers.reading import Fields, last_event_id, parse
 from handlers.rooms import history, is_personal, said
 from streaming.auth import Identity
+from streaming.encoders import text_frame
 from streaming.errors import (
     BadRequest,
     Forbidden,
@@ -45,7 +43,7 @@ from streaming.errors import (
 from streaming.events import JSON
 from streaming.limits import Entry
 from streaming.room import Room
-from streaming.sockets import LINGER, SocketSink, open_socket
+from streaming.sockets import BINARY, SocketSink, open_socket
 
 access = logging.getLogger("rivulet.access")
 logger = logging.getLogger("rivulet.websocket")
@@ -73,10 +71,18 @@ class Connection:
         self._limits = request.app[CONFIG].limits
         self._rooms: dict[str, Room] = {}
 
-    def serve(self, sink: SocketSink, entry: Entry) -> None:
-        """The socket is open."""
-        self.sink, self._entry = sink, entry
-        sink.listener = self
+    async def shake(
+        self, request: web.Request, most: int, compression: bool = False
+    ) -> web.StreamResponse:
+        """Opens the socket; see `open_socket`. Raises BadRequest, TooMany, Unavailable."""
+        self._entry = await self._app[LIMITS].admit(address_of(request), request[USER])
+        try:
+            self.sink, response = await open_socket(self._app[DELIVERY], request, most, compression)
+        except BaseException:
+            self._entry.leave()
+            raise
+        self.sink.listener = self
+        return response
 
     @property
     def _who(self) -> Identity:
@@ -281,6 +287,17 @@ class Connection:
         return {"type": "pong"}
 
 
+class Echo(Connection):
+    """One that hears its own words."""
+
+    async def take(self, said: str | bytes) -> None:
+        """Says the same."""
+        if isinstance(said, str):
+            self.sink.write(text_frame(said.encode()))
+        else:
+            self.sink.write(text_frame(said, BINARY))
+
+
 async def serve(request: web.Request) -> web.StreamResponse:
     """GET /ws and /ws/{room}: opens a socket, which runs until either side closes. Whose token does
     not do is told so on it: a browser's page hears of no status.
@@ -294,13 +311,7 @@ async def serve(request: web.Request) -> web.StreamResponse:
             rooms = await connection.open(who)
     except (Forbidden, Unavailable) as error:  # perhaps there is no place for its room
         refused = error
-    entry = await request.app[LIMITS].admit(address_of(request), who.user)
-    try:
-        sink, response = await open_socket(request.app[DELIVERY], request, most, compression)
-    except BaseException:
-        entry.leave()
-        raise
-    connection.serve(sink, entry)
+    response = await connection.shake(request, most, compression)
     if refused is not None:
         connection.refuse(refused)
     elif who is NOBODY:
@@ -310,51 +321,12 @@ async def serve(request: web.Request) -> web.StreamResponse:
     return response
 
 
-async def echo(request: web.Request) -> web.WebSocketResponse:
+async def echo(request: web.Request) -> web.StreamResponse:
     """GET /echo: returns each frame as it came."""
-    most = request.app[CONFIG].limits.echo_bytes
-    response = web.WebSocketResponse(compress=False, autoclose=False, max_msg_size=most)
-    entry = await request.app[LIMITS].admit(address_of(request), request[USER])
-    try:
-        await response.prepare(request)
-        async for received in response:
-            if received.type is WSMsgType.TEXT:
-                await response.send_str(received.data)
-            elif received.type is WSMsgType.BINARY:
-                await response.send_bytes(received.data)
-            elif received.type is WSMsgType.ERROR:
-                await _linger(request)
-        await _goodbye(response)
-    finally:
-        entry.leave()
+    connection, most = Echo(request), request.app[CONFIG].limits.echo_bytes
+    response = await connection.shake(request, most)
+    connection.sink.who = request[IDENTITY]
     return response
-
-
-async def _goodbye(response: web.WebSocketResponse) -> None:
-    """Answers a client that closes. 1006 must not be sent (RFC 6455, section 7.4.1), and is the one
-    such code that aiohttp takes.
-    """
-    wrong = response.close_code == WSCloseCode.ABNORMAL_CLOSURE
-    await response.close(code=WSCloseCode.PROTOCOL_ERROR if wrong else WSCloseCode.OK, drain=False)
-
-
-async def _linger(request: web.Request) -> None:
-    """After a frame that aiohttp has refused with a close code: reads on for a moment, past it. A
-    socket that is closed with bytes unread is reset, and the close frame can be lost in that.
-    """
-    raw = request.transport.get_extra_info("socket") if request.transport is not None else None
-    if raw is not None and raw.fileno() >= 0:
-        held = socket.socket(fileno=os.dup(raw.fileno()))
-        await asyncio.shield(_read_on(held))  # it goes on when aiohttp has closed
-
-
-async def _read_on(held: socket.socket) -> None:
-    held.setblocking(False)
-    with held, contextlib.suppress(OSError, TimeoutError):
-        held.shutdown(socket.SHUT_WR)
-        async with asyncio.timeout(LINGER):
-            while await asyncio.get_running_loop().sock_recv(held, 65536):
-                pass
 
 
 Reply = JSON | None
