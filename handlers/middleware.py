@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import re
 import secrets
@@ -169,7 +170,7 @@ def error_response(
     sent = {name: value for name, value in (headers or {}).items() if value} | error.headers
     sent["Cache-Control"] = "no-store"
     if error.retry_after is not None:
-        sent["Retry-After"] = str(max(1, round(error.retry_after)))
+        sent["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     return json_response({"error": body, **(beside or {})}, error.status, sent)
 
 

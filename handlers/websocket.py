@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping
 
 from aiohttp import WSCloseCode, web
@@ -181,7 +182,7 @@ class Connection:
         """The frame that this error means; with what is a header elsewhere."""
         frame = {"type": "error", **error.body(self._request_id)}
         if error.retry_after is not None:
-            frame["retry_after"] = max(1, round(error.retry_after))
+            frame["retry_after"] = max(1, math.ceil(error.retry_after))
         return frame
 
     def _room(self, frame: JSON, action: str = "subscribe") -> Room:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Sequence
@@ -42,7 +43,7 @@ class Quota:
 
     def headers(self) -> dict[str, str]:
         """As an answer tells it."""
-        left = {"Limit": self.limit, "Remaining": self.remaining, "Reset": round(self.reset)}
+        left = {"Limit": self.limit, "Remaining": self.remaining, "Reset": math.ceil(self.reset)}
         return {f"RateLimit-{name}": str(value) for name, value in left.items()}
 
 

@@ -8,13 +8,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
 from app import build
 from streaming import config, limits
 from streaming.errors import TooMany, Unavailable
-from streaming.limits import Limits, client_ip
+from streaming.limits import Limits, Quota, client_ip
 from streaming.redis_doors import RedisCounts
 from streaming.schema import network
 from tests.inside import in_process
@@ -57,6 +58,7 @@ async def test_a_rate_is_of_a_user_and_a_kind() -> None:
         "RateLimit-Remaining": "2",
         "RateLimit-Reset": "60",
     }
+    assert Quota(3, 2, 59.1).headers()["RateLimit-Reset"] == "60", "not before it is there"
     assert await refusal(each.take("generations", "ann")) == (429, "rate_limited")
     assert await each.take("requests", "ann") and await each.take("generations", "bob")
     assert await refusal(each.take("requests", "ann")) == (429, "rate_limited")
@@ -110,6 +112,18 @@ async def test_a_frame_is_a_request() -> None:
         async with ask("POST", f"{path}/messages", headers=bob, json_body=said) as answer:
             assert answer.status == 201
         assert (await socket.hear("message"))["content"] == "hello"
+
+
+async def test_nobody_is_told_to_come_back_too_early() -> None:
+    """Parts of a second count as a whole one."""
+
+    async def refuse(request: web.Request) -> web.Response:
+        raise TooMany("not now", retry_after=1.2)
+
+    app = build(config.Config())
+    app.router.add_get("/refuse", refuse)
+    async with in_process(app) as url, ask("GET", f"{url}/refuse") as answer:
+        assert (answer.status, answer.headers["retry-after"]) == (429, "2")
 
 
 # What is open at once
