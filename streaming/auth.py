@@ -251,10 +251,12 @@ def _public_keys(raw: bytes, suffix: str) -> list[_Key]:
     keys = [
         _Key((each.algorithm_name,), each.key, each.key_id)
         for each in found
-        if each.algorithm_name in usable and each.public_key_use != "enc"
+        if each.algorithm_name in usable
+        and each.public_key_use != "enc"
+        and isinstance(each.key, RSAPublicKey | EllipticCurvePublicKey)
     ]
     if not keys:
-        raise ValueError("has no RSA or EC key for signatures")
+        raise ValueError("has no public RSA or EC key for signatures")
     return keys
 
 
