@@ -244,7 +244,10 @@ async def metrics(request: web.Request) -> web.Response:
     check_service(request)
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(request.app))
-    encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+    # Not all that it says: prometheus_client breaks at a version that is no number.
+    modern = "application/openmetrics-text"
+    asked = modern if modern in request.headers.get("Accept", "") else ""
+    encode, content_type = choose_encoder(asked)
     headers = {"Content-Type": content_type, "Cache-Control": "no-store"}
     return web.Response(body=encode(registry), headers=headers)
 
