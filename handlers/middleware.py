@@ -51,8 +51,7 @@ _REFUSALS = {
 @web.middleware
 async def doors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """All doors in one coroutine, because each of its own takes 600 bytes of every open stream."""
-    given = request.headers.get("X-Request-Id", "")
-    request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+    request[REQUEST_ID] = request_id(request.headers.get("X-Request-Id", ""))
     started = time.monotonic()
     response: web.StreamResponse | None = None
     try:
@@ -69,6 +68,11 @@ async def doors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return response
     finally:
         _account(request, response, time.monotonic() - started)
+
+
+def request_id(given: str) -> str:
+    """What a client calls its request, where that is a name; else one made here."""
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
 
 
 async def _admit(request: web.Request) -> None:
@@ -130,7 +134,8 @@ def _refusal(request: web.Request, error: Exception) -> web.StreamResponse:
     match error:
         case RivuletError():
             if error.status in (429, 503) and _reconnects(request):
-                return _come_back(error)
+                headers = {"Cache-Control": "no-store", "Content-Type": "text/event-stream"}
+                return web.Response(body=come_back(error), headers=headers)
             return error_response(request, error)
         case web.HTTPException() if error.status >= 400:
             code = _REFUSALS.get(error.status, "refused")
@@ -148,13 +153,11 @@ def _reconnects(request: web.Request) -> bool:
     return accepts and last_event_id(request) is not None
 
 
-def _come_back(error: RivuletError) -> web.Response:
+def come_back(error: RivuletError) -> bytes:
     """An `EventSource` stops for good at any status but 200 (HTML standard, 9.2.2): it is told to
     ask again later, spread so that not all come at once.
     """
-    wait = (error.retry_after or 1.0) * random.uniform(1, 2)
-    headers = {"Cache-Control": "no-store", "Content-Type": "text/event-stream"}
-    return web.Response(body=b"retry: %d\n\n" % (wait * 1000), headers=headers)
+    return b"retry: %d\n\n" % ((error.retry_after or 1.0) * random.uniform(1000, 2000))
 
 
 def error_response(
