@@ -196,7 +196,8 @@ async def name_response(request: web.Request, response: web.StreamResponse) -> N
     app = request.match_info.apps[-1]
     response.headers.update(headers_for(request.headers.get("Origin"), app[CONFIG].cors))
     if QUOTA in request:
-        response.headers.update(request[QUOTA].headers())
+        for name, value in request[QUOTA].headers().items():
+            response.headers.setdefault(name, value)  # a refusal tells of the rate that is over
     if app[STATE].draining:
         response.force_close()
         response.headers["Connection"] = "close"

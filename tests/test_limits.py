@@ -114,6 +114,20 @@ async def test_a_frame_is_a_request() -> None:
         assert (await socket.hear("message"))["content"] == "hello"
 
 
+async def test_a_refusal_tells_of_the_rate_that_is_over() -> None:
+    """And not of another, of which something is left."""
+    auth = config.Auth(mode="token", jwt_secret=SECRET)
+    rates = config.Limits(requests_per_minute=10, generations_per_minute=1)
+    body, headers = {"prompt": "x", "model": "demo:tokens=1"}, bearer(token("ann"))
+    async with in_process(build(config.Config(auth=auth, limits=rates))) as url:
+        for status in (200, 429):
+            asked = ask("POST", f"{url}/api/v1/generate", headers=headers, json_body=body)
+            async with asked as answer:
+                assert answer.status == status
+                assert answer.headers["ratelimit-limit"] == "1"
+                assert answer.headers["ratelimit-remaining"] == "0"
+
+
 async def test_nobody_is_told_to_come_back_too_early() -> None:
     """Parts of a second count as a whole one."""
 
