@@ -82,7 +82,7 @@ class Connection:
         except BaseException:
             self._entry.leave()
             raise
-        self.sink.listener = self
+        self.sink.listener, self.sink.who = self, request[IDENTITY]
         return response
 
     @property
@@ -103,9 +103,8 @@ class Connection:
         after = {self.path: self._after}
         return [await rooms.open(name, after.get(name)) for name in dict.fromkeys(names)]
 
-    def begin(self, who: Identity, rooms: list[Room]) -> None:
+    def begin(self, rooms: list[Room]) -> None:
         """It is known who it is: comes into these rooms."""
-        self.sink.who = who
         for room in rooms:
             if room.name == self.path:
                 self.enter(room, self._after)
@@ -210,7 +209,7 @@ class Connection:
         self.sink.send(reply if frame.get("ref") is None else {**reply, "ref": frame["ref"]})
         if first:
             try:
-                self.begin(who, await self.open(who))
+                self.begin(await self.open(who))
             except RivuletError as error:
                 self.refuse(error)
         for room in list(self._rooms.values()):
@@ -318,16 +317,13 @@ async def serve(request: web.Request) -> web.StreamResponse:
     elif who is NOBODY:
         asyncio.get_running_loop().call_later(SAY_WHO, connection.unnamed)
     else:
-        connection.begin(who, rooms)
+        connection.begin(rooms)
     return response
 
 
 async def echo(request: web.Request) -> web.StreamResponse:
     """GET /echo: returns each frame as it came."""
-    connection, most = Echo(request), request.app[CONFIG].limits.echo_bytes
-    response = await connection.shake(request, most)
-    connection.sink.who = request[IDENTITY]
-    return response
+    return await Echo(request).shake(request, request.app[CONFIG].limits.echo_bytes)
 
 
 Reply = JSON | None
