@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if arguments.check_config:
         try:
-            Auth(config.auth)
+            build(config)
         except CannotStart as error:
             print(error, file=sys.stderr)
             return 2

@@ -10,10 +10,8 @@ connection. Only then is there a connection of aiohttp's, as long as there are l
 from __future__ import annotations
 
 import asyncio
-import random
 import re
 import resource
-import secrets
 import socket
 import time
 from collections import deque
@@ -24,6 +22,7 @@ import orjson
 from aiohttp import web
 
 from handlers.keys import CONFIG, DELIVERY, METRICS
+from handlers.middleware import come_back, request_id
 from handlers.origin import headers_for
 from streaming.clock import Wheel
 from streaming.config import Cors
@@ -41,7 +40,6 @@ AT_ONCE = 32  # accepted, and let in, in one turn of the loop: whoever reads a r
 RARELY = 20  # times as long as it took to count what is open, until it is counted again
 SPARE = 16  # beyond the limit, for those who ask how it is
 PROBES = b"GET /health ", b"GET /ready ", b"GET /metrics "
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class Gate:
@@ -206,17 +204,14 @@ def refusal(head: bytes, error: RivuletError, cors: Cors) -> bytes:
     pairs = (line.partition(":") for line in lines)
     fields = {name.lower(): value.strip() for name, _, value in pairs}
     target = "".join(first.split(" ")[1:2])
-    request_id = fields.get("x-request-id", "")
-    if not _REQUEST_ID.fullmatch(request_id):
-        request_id = secrets.token_hex(8)
+    name = request_id(fields.get("x-request-id", ""))
     back = fields.get("last-event-id") or re.search("[?&]last_event_id=[^&]", target)
-    headers = {**headers_for(fields.get("origin"), cors), "X-Request-Id": request_id}
+    headers = {**headers_for(fields.get("origin"), cors), "X-Request-Id": name}
     if back and error.retry_after and "text/event-stream" in fields.get("accept", ""):
-        status, kind = 200, "text/event-stream"
-        body = b"retry: %d\n\n" % (error.retry_after * random.uniform(1000, 2000))
+        status, kind, body = 200, "text/event-stream", come_back(error)
     else:
         status, kind = error.status, "application/json"
-        said = error.body(request_id)
+        said = error.body(name)
         if target.startswith("/v1/"):
             said = openai_error(said, status)
         body = orjson.dumps({"error": said})

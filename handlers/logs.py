@@ -16,9 +16,11 @@ def start() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_JSONFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(True)  # of libraries: a key that is short, say
     # What no line says: a fifth of what one costs (logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request, with its URL
+    logging.getLogger("aiohttp.websocket").setLevel(logging.ERROR)  # subprotocols, perhaps a token
     logging.getLogger("aiohttp.server").addFilter(_unreadable)
 
 

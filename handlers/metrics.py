@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -27,7 +27,7 @@ from prometheus_client.utils import floatToGoString
 from handlers.identity import check_service
 from handlers.keys import CHANNELS, CONFIG, DELIVERY, GENERATIONS, METRICS, ROOMS, STATE
 from streaming.delivery import Sink
-from streaming.metrics import Histogram, Metrics
+from streaming.metrics import Histogram
 
 
 class Row(NamedTuple):
@@ -59,10 +59,6 @@ def _parts(app: web.Application) -> Mapping[str, bool]:
     }
 
 
-def _counted(read: Callable[[Metrics], Any]) -> Callable[[web.Application], Any]:
-    return lambda app: read(app[METRICS])
-
-
 ROWS = [
     Row(
         "rivulet_connections",
@@ -75,7 +71,7 @@ ROWS = [
         "rivulet_connection_seconds",
         "histogram",
         "How long those lasted that have ended.",
-        _counted(lambda m: m.connection_seconds),
+        lambda app: app[METRICS].connection_seconds,
         ("transport",),
     ),
     Row(
@@ -90,44 +86,44 @@ ROWS = [
         "counter",
         "Events that came into logs: into the rooms held here, also from Redis and from the "
         "history's file; and into answers, counted at their end.",
-        _counted(lambda m: {"room": m.published, "answer": m.generated}),
+        lambda app: {"room": app[METRICS].published, "answer": app[METRICS].generated},
         ("log",),
     ),
     Row(
         "rivulet_events_out_total",
         "counter",
         "Events encoded, once for all who read alike; tokens that wait together are one.",
-        _counted(lambda m: m.encoded),
+        lambda app: app[METRICS].encoded,
     ),
     Row(
         "rivulet_deliveries_total",
         "counter",
         "The same, once for each connection that they were written to.",
-        _counted(lambda m: m.deliveries),
+        lambda app: app[METRICS].deliveries,
     ),
     Row(
         "rivulet_lag_cuts_total",
         "counter",
         "Connections cut because their client was too slow.",
-        _counted(lambda m: m.too_slow),
+        lambda app: app[METRICS].too_slow,
     ),
     Row(
         "rivulet_recoveries_total",
         "counter",
         "Clients that came back and missed nothing.",
-        _counted(lambda m: m.recoveries),
+        lambda app: app[METRICS].recoveries,
     ),
     Row(
         "rivulet_gaps_total",
         "counter",
         "Clients that came back too late, and were told of a gap.",
-        _counted(lambda m: m.gaps),
+        lambda app: app[METRICS].gaps,
     ),
     Row(
         "rivulet_requests_total",
         "counter",
         "Requests that are over, a WebSocket's handshake among them; 499: the client went first.",
-        _counted(lambda m: m.requests),
+        lambda app: app[METRICS].requests,
         ("route", "status"),
     ),
     Row(
@@ -135,14 +131,14 @@ ROWS = [
         "counter",
         "Connections refused before they had a request: overloaded, header_too_large, or "
         "header_timeout, also where too many sent no head.",
-        _counted(lambda m: m.refused),
+        lambda app: app[METRICS].refused,
         ("code",),
     ),
     Row(
         "rivulet_request_seconds",
         "histogram",
         "How long requests took that were answered in one piece.",
-        _counted(lambda m: m.request_seconds),
+        lambda app: app[METRICS].request_seconds,
     ),
     Row(
         "rivulet_generations_running",
@@ -154,41 +150,44 @@ ROWS = [
         "rivulet_generations_total",
         "counter",
         "Answers that have ended: finished, failed or cancelled.",
-        _counted(lambda m: m.endings),
+        lambda app: app[METRICS].endings,
         ("ending",),
     ),
     Row(
         "rivulet_first_token_seconds",
         "histogram",
         "From the question to the first token, with all retries.",
-        _counted(lambda m: m.first_token),
+        lambda app: app[METRICS].first_token,
     ),
     Row(
         "rivulet_token_gap_seconds",
         "histogram",
         "From tokens to the next; those that come within generation.flush_interval are passed on "
         "together, and count as one.",
-        _counted(lambda m: m.token_gap),
+        lambda app: app[METRICS].token_gap,
     ),
     Row(
         "rivulet_tokens_total",
         "counter",
         "Tokens of answers that have ended, as the upstream counted them, else estimated.",
-        _counted(lambda m: {"prompt": m.prompt_tokens, "completion": m.completion_tokens}),
+        lambda app: {
+            "prompt": app[METRICS].prompt_tokens,
+            "completion": app[METRICS].completion_tokens,
+        },
         ("kind",),
     ),
     Row(
         "rivulet_upstream_errors_total",
         "counter",
         "Model calls that failed; the upstream of [model] is called default.",
-        _counted(lambda m: m.upstream_errors),
+        lambda app: app[METRICS].upstream_errors,
         ("upstream", "code"),
     ),
     Row(
         "rivulet_retries_total",
         "counter",
         "Model calls made because one before had failed, to a fallback among them.",
-        _counted(lambda m: m.retries),
+        lambda app: app[METRICS].retries,
     ),
     Row(
         "rivulet_part_ready",
@@ -242,11 +241,12 @@ class _Collector(Collector):
 async def metrics(request: web.Request) -> web.Response:
     """GET /metrics, for services: OpenMetrics where `Accept` asks for it."""
     check_service(request)
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collector(request.app))
-    encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+    # Not all that it says: prometheus_client breaks at a version that is no number.
+    modern = "application/openmetrics-text"
+    asked = modern if modern in request.headers.get("Accept", "") else ""
+    encode, content_type = choose_encoder(asked)
     headers = {"Content-Type": content_type, "Cache-Control": "no-store"}
-    return web.Response(body=encode(registry), headers=headers)
+    return web.Response(body=encode(_Collector(request.app)), headers=headers)
 
 
 def routes() -> list[web.RouteDef]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import re
 import secrets
@@ -50,8 +51,7 @@ _REFUSALS = {
 @web.middleware
 async def doors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """All doors in one coroutine, because each of its own takes 600 bytes of every open stream."""
-    given = request.headers.get("X-Request-Id", "")
-    request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+    request[REQUEST_ID] = request_id(request.headers.get("X-Request-Id", ""))
     started = time.monotonic()
     response: web.StreamResponse | None = None
     try:
@@ -68,6 +68,11 @@ async def doors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return response
     finally:
         _account(request, response, time.monotonic() - started)
+
+
+def request_id(given: str) -> str:
+    """What a client calls its request, where that is a name; else one made here."""
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
 
 
 async def _admit(request: web.Request) -> None:
@@ -129,7 +134,8 @@ def _refusal(request: web.Request, error: Exception) -> web.StreamResponse:
     match error:
         case RivuletError():
             if error.status in (429, 503) and _reconnects(request):
-                return _come_back(error)
+                headers = {"Cache-Control": "no-store", "Content-Type": "text/event-stream"}
+                return web.Response(body=come_back(error), headers=headers)
             return error_response(request, error)
         case web.HTTPException() if error.status >= 400:
             code = _REFUSALS.get(error.status, "refused")
@@ -147,13 +153,11 @@ def _reconnects(request: web.Request) -> bool:
     return accepts and last_event_id(request) is not None
 
 
-def _come_back(error: RivuletError) -> web.Response:
+def come_back(error: RivuletError) -> bytes:
     """An `EventSource` stops for good at any status but 200 (HTML standard, 9.2.2): it is told to
     ask again later, spread so that not all come at once.
     """
-    wait = (error.retry_after or 1.0) * random.uniform(1, 2)
-    headers = {"Cache-Control": "no-store", "Content-Type": "text/event-stream"}
-    return web.Response(body=b"retry: %d\n\n" % (wait * 1000), headers=headers)
+    return b"retry: %d\n\n" % ((error.retry_after or 1.0) * random.uniform(1000, 2000))
 
 
 def error_response(
@@ -169,7 +173,7 @@ def error_response(
     sent = {name: value for name, value in (headers or {}).items() if value} | error.headers
     sent["Cache-Control"] = "no-store"
     if error.retry_after is not None:
-        sent["Retry-After"] = str(max(1, round(error.retry_after)))
+        sent["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     return json_response({"error": body, **(beside or {})}, error.status, sent)
 
 
@@ -192,7 +196,8 @@ async def name_response(request: web.Request, response: web.StreamResponse) -> N
     app = request.match_info.apps[-1]
     response.headers.update(headers_for(request.headers.get("Origin"), app[CONFIG].cors))
     if QUOTA in request:
-        response.headers.update(request[QUOTA].headers())
+        for name, value in request[QUOTA].headers().items():
+            response.headers.setdefault(name, value)  # a refusal tells of the rate that is over
     if app[STATE].draining:
         response.force_close()
         response.headers["Connection"] = "close"

@@ -95,6 +95,7 @@ REFUSALS = {
     "401": "Credentials are missing, or not valid.",
     "403": "Not allowed: by grants, or from this origin or host.",
     "404": "There is no such thing, or it is somebody else's.",
+    "408": "The body has not come in time.",
     "409": "In conflict with what it is now; of an answer that was stopped, `text` is beside it.",
     "410": "The position cannot be resumed.",
     "413": "Too large.",
@@ -167,7 +168,9 @@ class Row(NamedTuple):
         """The operation as the document has it."""
         path = self.operation.partition(" ")[2]
         public = path in PUBLIC
-        refuses = f"{ALWAYS} {self.refuses}" if public else f"{ALWAYS} {GUARDED} {self.refuses}"
+        refuses = f"{ALWAYS} {self.refuses}"
+        refuses += "" if public else f" {GUARDED}"
+        refuses += " 408" if self.body else ""
         shape = "OpenAI" if path.startswith("/v1/") else ""
         content = {"application/json": {"schema": named(self.body)}}
         body = {"requestBody": {"required": not self.bodiless, "content": content}}

@@ -7,13 +7,11 @@ Each frame of a client is a row of FRAMES, at the end of the file. A frame that 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
-import socket
+import math
 from collections.abc import Awaitable, Callable, Mapping
 
-from aiohttp import WSCloseCode, WSMsgType, web
+from aiohttp import WSCloseCode, web
 
 from handlers.chat import Question, begin
 from handlers.identity import NOBODY, address_of, check_room, check_stop
@@ -33,6 +31,7 @@ from handlers.keys import (
 from handlers.reading import Fields, last_event_id, parse
 from handlers.rooms import history, is_personal, said
 from streaming.auth import Identity
+from streaming.encoders import text_frame
 from streaming.errors import (
     BadRequest,
     Forbidden,
@@ -45,7 +44,7 @@ from streaming.errors import (
 from streaming.events import JSON
 from streaming.limits import Entry
 from streaming.room import Room
-from streaming.sockets import LINGER, SocketSink, open_socket
+from streaming.sockets import BINARY, SocketSink, open_socket
 
 access = logging.getLogger("rivulet.access")
 logger = logging.getLogger("rivulet.websocket")
@@ -73,10 +72,18 @@ class Connection:
         self._limits = request.app[CONFIG].limits
         self._rooms: dict[str, Room] = {}
 
-    def serve(self, sink: SocketSink, entry: Entry) -> None:
-        """The socket is open."""
-        self.sink, self._entry = sink, entry
-        sink.listener = self
+    async def shake(
+        self, request: web.Request, most: int, compression: bool = False
+    ) -> web.StreamResponse:
+        """Opens the socket; see `open_socket`. Raises BadRequest, TooMany, Unavailable."""
+        self._entry = await self._app[LIMITS].admit(address_of(request), request[USER])
+        try:
+            self.sink, response = await open_socket(self._app[DELIVERY], request, most, compression)
+        except BaseException:
+            self._entry.leave()
+            raise
+        self.sink.listener, self.sink.who = self, request[IDENTITY]
+        return response
 
     @property
     def _who(self) -> Identity:
@@ -96,9 +103,8 @@ class Connection:
         after = {self.path: self._after}
         return [await rooms.open(name, after.get(name)) for name in dict.fromkeys(names)]
 
-    def begin(self, who: Identity, rooms: list[Room]) -> None:
+    def begin(self, rooms: list[Room]) -> None:
         """It is known who it is: comes into these rooms."""
-        self.sink.who = who
         for room in rooms:
             if room.name == self.path:
                 self.enter(room, self._after)
@@ -108,7 +114,7 @@ class Connection:
 
     def refuse(self, error: RivuletError) -> None:
         """Tells why, and closes."""
-        self.sink.send({"type": "error", **error.body(self._request_id)})
+        self.sink.send(self._error(error))
         self.sink.close(CLOSES.get(error.status, WSCloseCode.POLICY_VIOLATION), error.code)
 
     def unnamed(self) -> None:
@@ -158,16 +164,25 @@ class Connection:
                 raise InvalidField("type", f"must be one of {', '.join(FRAMES)}")
             if self._who is NOBODY and kind not in FIRST:
                 raise Unauthorized("authenticate first", code="token_missing")
+            if self._limits.requests_per_minute and kind not in FIRST:
+                await self._app[LIMITS].take("requests", self._user)
             reply = action(self, frame)
             if isinstance(reply, Awaitable):
                 reply = await reply
         except RivuletError as error:
-            reply = {"type": "error", **error.body(self._request_id)}
+            reply = self._error(error)
         except Exception:
             logger.exception("frame broke", extra={"request_id": self._request_id})
-            reply = {"type": "error", **RivuletError("internal error").body(self._request_id)}
+            reply = self._error(RivuletError("internal error"))
         if reply is not None:
             self.sink.send(reply if ref is None else {**reply, "ref": ref})
+
+    def _error(self, error: RivuletError) -> JSON:
+        """The frame that this error means; with what is a header elsewhere."""
+        frame = {"type": "error", **error.body(self._request_id)}
+        if error.retry_after is not None:
+            frame["retry_after"] = max(1, math.ceil(error.retry_after))
+        return frame
 
     def _room(self, frame: JSON, action: str = "subscribe") -> Room:
         """The room that a frame is about: one that this socket is in, where it may do that."""
@@ -194,7 +209,7 @@ class Connection:
         self.sink.send(reply if frame.get("ref") is None else {**reply, "ref": frame["ref"]})
         if first:
             try:
-                self.begin(who, await self.open(who))
+                self.begin(await self.open(who))
             except RivuletError as error:
                 self.refuse(error)
         for room in list(self._rooms.values()):
@@ -272,6 +287,17 @@ class Connection:
         return {"type": "pong"}
 
 
+class Echo(Connection):
+    """One that hears its own words."""
+
+    async def take(self, said: str | bytes) -> None:
+        """Says the same."""
+        if isinstance(said, str):
+            self.sink.write(text_frame(said.encode()))
+        else:
+            self.sink.write(text_frame(said, BINARY))
+
+
 async def serve(request: web.Request) -> web.StreamResponse:
     """GET /ws and /ws/{room}: opens a socket, which runs until either side closes. Whose token does
     not do is told so on it: a browser's page hears of no status.
@@ -285,67 +311,19 @@ async def serve(request: web.Request) -> web.StreamResponse:
             rooms = await connection.open(who)
     except (Forbidden, Unavailable) as error:  # perhaps there is no place for its room
         refused = error
-    entry = await request.app[LIMITS].admit(address_of(request), who.user)
-    try:
-        sink, response = await open_socket(request.app[DELIVERY], request, most, compression)
-    except BaseException:
-        entry.leave()
-        raise
-    connection.serve(sink, entry)
+    response = await connection.shake(request, most, compression)
     if refused is not None:
         connection.refuse(refused)
     elif who is NOBODY:
         asyncio.get_running_loop().call_later(SAY_WHO, connection.unnamed)
     else:
-        connection.begin(who, rooms)
+        connection.begin(rooms)
     return response
 
 
-async def echo(request: web.Request) -> web.WebSocketResponse:
+async def echo(request: web.Request) -> web.StreamResponse:
     """GET /echo: returns each frame as it came."""
-    most = request.app[CONFIG].limits.echo_bytes
-    response = web.WebSocketResponse(compress=False, autoclose=False, max_msg_size=most)
-    entry = await request.app[LIMITS].admit(address_of(request), request[USER])
-    try:
-        await response.prepare(request)
-        async for received in response:
-            if received.type is WSMsgType.TEXT:
-                await response.send_str(received.data)
-            elif received.type is WSMsgType.BINARY:
-                await response.send_bytes(received.data)
-            elif received.type is WSMsgType.ERROR:
-                await _linger(request)
-        await _goodbye(response)
-    finally:
-        entry.leave()
-    return response
-
-
-async def _goodbye(response: web.WebSocketResponse) -> None:
-    """Answers a client that closes. 1006 must not be sent (RFC 6455, section 7.4.1), and is the one
-    such code that aiohttp takes.
-    """
-    wrong = response.close_code == WSCloseCode.ABNORMAL_CLOSURE
-    await response.close(code=WSCloseCode.PROTOCOL_ERROR if wrong else WSCloseCode.OK, drain=False)
-
-
-async def _linger(request: web.Request) -> None:
-    """After a frame that aiohttp has refused with a close code: reads on for a moment, past it. A
-    socket that is closed with bytes unread is reset, and the close frame can be lost in that.
-    """
-    raw = request.transport.get_extra_info("socket") if request.transport is not None else None
-    if raw is not None and raw.fileno() >= 0:
-        held = socket.socket(fileno=os.dup(raw.fileno()))
-        await asyncio.shield(_read_on(held))  # it goes on when aiohttp has closed
-
-
-async def _read_on(held: socket.socket) -> None:
-    held.setblocking(False)
-    with held, contextlib.suppress(OSError, TimeoutError):
-        held.shutdown(socket.SHUT_WR)
-        async with asyncio.timeout(LINGER):
-            while await asyncio.get_running_loop().sock_recv(held, 65536):
-                pass
+    return await Echo(request).shake(request, request.app[CONFIG].limits.echo_bytes)
 
 
 Reply = JSON | None

@@ -13,6 +13,7 @@ import math
 import time
 import tomllib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -169,11 +170,21 @@ class Auth:
             header = jwt.get_unverified_header(token)
             algorithm, kid = header.get("alg"), header.get("kid")
             for key in keys:
-                if algorithm in key.algorithms and (not kid or key.kid in (None, kid)):
-                    try:
-                        return self._by_claims(self._claims(token, key))
-                    except jwt.InvalidSignatureError:
-                        continue  # it may be of another
+                if algorithm not in key.algorithms or (kid and key.kid not in (None, kid)):
+                    continue
+                with suppress(jwt.InvalidSignatureError):  # it may be of another
+                    claims = jwt.decode(
+                        token,
+                        key.key,
+                        algorithms=key.algorithms,
+                        audience=self._config.jwt_audience or None,
+                        issuer=self._config.jwt_issuer or None,
+                        leeway=self._config.jwt_leeway,
+                        # When it was made says nothing on whether it holds; one that never ends is
+                        # not taken.
+                        options={"require": ["sub", "exp"], "verify_iat": False},
+                    )
+                    return self._by_claims(claims)
         except jwt.ExpiredSignatureError:
             raise Unauthorized("the token has expired", code="token_expired") from None
         except jwt.InvalidAudienceError:
@@ -184,20 +195,6 @@ class Auth:
         except (jwt.PyJWTError, ValueError, TypeError, ArithmeticError, RecursionError):
             pass
         raise _invalid()
-
-    def _claims(self, token: str, key: _Key) -> dict[str, Any]:
-        import jwt
-
-        return jwt.decode(
-            token,
-            key.key,
-            algorithms=key.algorithms,
-            audience=self._config.jwt_audience or None,
-            issuer=self._config.jwt_issuer or None,
-            leeway=self._config.jwt_leeway,
-            # When it was made says nothing on whether it holds; one that never ends is not taken.
-            options={"require": ["sub", "exp"], "verify_iat": False},
-        )
 
     def _by_claims(self, claims: dict[str, Any]) -> Identity:
         user, expires = claims["sub"], int(claims["exp"]) + self._config.jwt_leeway
@@ -251,10 +248,12 @@ def _public_keys(raw: bytes, suffix: str) -> list[_Key]:
     keys = [
         _Key((each.algorithm_name,), each.key, each.key_id)
         for each in found
-        if each.algorithm_name in usable and each.public_key_use != "enc"
+        if each.algorithm_name in usable
+        and each.public_key_use != "enc"
+        and isinstance(each.key, RSAPublicKey | EllipticCurvePublicKey)
     ]
     if not keys:
-        raise ValueError("has no RSA or EC key for signatures")
+        raise ValueError("has no public RSA or EC key for signatures")
     return keys
 
 

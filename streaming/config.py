@@ -198,10 +198,16 @@ class Limits:
     echo_bytes: int = number(33554432, 1, 2**30, "The same for /echo.")
     streams_per_user: int = number(5, 1, 10**6, "Channel streams that a user may have open.")
     connections: int = number(50000, 0, 10**7, "Open at once; here and below 0 is no limit.")
-    connections_per_ip: int = number(0, 0, 10**7, "From one address, or an IPv6 /64.")
-    connections_per_user: int = number(0, 0, 10**7, "Of one user, on all instances together.")
+    connections_per_ip: int = number(
+        0, 0, 10**7, "Streams and WebSockets from one address, or an IPv6 /64."
+    )
+    connections_per_user: int = number(
+        0, 0, 10**7, "The same of one user, on all instances together."
+    )
     running_per_user: int = number(0, 0, 10**7, "Answers at once, on all instances together.")
-    requests_per_minute: int = number(0, 0, 10**7, "Of one user, not in open mode.")
+    requests_per_minute: int = number(
+        0, 0, 10**7, "Of one user, with WebSocket frames; not in open mode."
+    )
     generations_per_minute: int = number(60, 0, 10**7, "Of one user, not in open mode.")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import math
 import time
 from collections import Counter
 from collections.abc import Awaitable, Sequence
@@ -42,7 +43,7 @@ class Quota:
 
     def headers(self) -> dict[str, str]:
         """As an answer tells it."""
-        left = {"Limit": self.limit, "Remaining": self.remaining, "Reset": round(self.reset)}
+        left = {"Limit": self.limit, "Remaining": self.remaining, "Reset": math.ceil(self.reset)}
         return {f"RateLimit-{name}": str(value) for name, value in left.items()}
 
 
@@ -209,17 +210,21 @@ def _less(counts: Counter[T], name: T) -> None:
         counts.pop(name, None)
 
 
-def _network(ip: str) -> str:
-    """What one client has of addresses: of IPv6 it is a /64."""
+def _address(ip: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """It as an address, of IPv4 where it is one in IPv6; None where it is none."""
     try:
         address = ipaddress.ip_address(ip)
     except ValueError:
-        return ip
-    if address.version == 4:
-        return ip
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return address.exploded[:19]
+        return None
+    return (address.ipv4_mapped if address.version == 6 else None) or address
+
+
+def _network(ip: str) -> str:
+    """What one client has of addresses: of IPv6 it is a /64."""
+    address = _address(ip)
+    if address is not None and address.version == 6:
+        return address.exploded[:19]
+    return str(address or ip)
 
 
 def client_ip(peer: str, forwarded: str, trusted: Sequence[Network]) -> str:
@@ -239,9 +244,5 @@ def client_ip(peer: str, forwarded: str, trusted: Sequence[Network]) -> str:
 
 
 def _among(ip: str, networks: Sequence[Network]) -> bool:
-    try:
-        address = ipaddress.ip_address(ip)
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if address.version == 6 else None
-    return any((mapped or address) in network for network in networks)
+    address = _address(ip)
+    return address is not None and any(address in network for network in networks)

@@ -41,7 +41,7 @@ REDIS = Form(
     "must be a redis://, rediss://, unix://, redis+sentinel:// or redis+cluster:// URL",
     secret=True,
 )
-USER = Form(r"\S(.{0,254}\S)?", "must have 1 to 256 characters, none of them a space at the ends")
+USER = Form(r"\S(.{0,126}\S)?", "must have 1 to 128 characters, none of them a space at the ends")
 # A shorter one can be guessed from a single token, on somebody's own machine and at any speed.
 JWT_SECRET = Form(
     r"([!-~]{16,})?", "must have 16 or more characters of ASCII without spaces", secret=True

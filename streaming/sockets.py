@@ -37,7 +37,7 @@ TOO_SLOW = 4408
 CLOSE_WAIT = 5.0  # seconds for a client that is cut to hear of it and to say goodbye
 LINGER = 1.0  # the same for one that has broken the protocol
 UNHEARD = 65536  # bytes of frames after which no more is read before some are heard
-CLOSE, PING, PONG = b"\x88", b"\x89", b"\x8a"  # first bytes of frames
+BINARY, CLOSE, PING, PONG = b"\x82", b"\x88", b"\x89", b"\x8a"  # first bytes of frames
 
 
 Said = WSMessage | WSMessageTextBytes

@@ -65,6 +65,8 @@ def test_check_config_runs_nothing(tmp_path: Path) -> None:
     bad = run("--config", str(file), "--check-config")
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == "server.prot: unknown key; the nearest known one is server.port\n"
+    bad = run("--check-config", RIVULET_REDIS__URL="redis://127.0.0.1:port")
+    assert (bad.returncode, bad.stdout) == (2, "") and "redis.url" in bad.stderr
 
 
 @pytest.mark.parametrize(

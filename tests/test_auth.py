@@ -269,10 +269,11 @@ def test_keys_of_a_jwks_come_and_go(tmp_path: Path) -> None:
 
 
 def test_a_symmetric_key_in_a_jwks_is_none(tmp_path: Path) -> None:
-    """Nor one for encryption, nor on a curve that is not known here."""
+    """Nor one for encryption, nor on a curve that is not known here, nor a private one."""
     file = tmp_path / "jwks.json"
-    encrypts = jwk("RS256", use="enc")
-    for keys in ([], [{"kty": "oct", "k": "c2VjcmV0"}], [encrypts], [jwk("ES256K")], "x"):
+    encrypts, private = jwk("RS256", use="enc"), jwk("RS256", private=True)
+    symmetric, unknown = {"kty": "oct", "k": "c2VjcmV0"}, jwk("ES256K")
+    for keys in ([], [symmetric], [encrypts], [unknown], [private], "x"):
         write(file, {"keys": keys})
         with pytest.raises(CannotStart, match=f"{file}: .*key"):
             auth(jwt_key=str(file))

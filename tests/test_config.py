@@ -447,7 +447,7 @@ def test_api_keys_come_from_the_file_or_as_json_from_the_environment(file: Path)
         ({"key": "k"}, "RIVULET_AUTH__KEYS[0].user: is missing"),
         ({"key": "", "user": "a"}, "RIVULET_AUTH__KEYS[0].key: must be printable ASCII"),
         ({"key": "sha256:12", "user": "a"}, "RIVULET_AUTH__KEYS[0].key: must be printable ASCII"),
-        ({"key": "k", "user": "a" * 257}, "RIVULET_AUTH__KEYS[0].user: must have 1 to 256"),
+        ({"key": "k", "user": "a" * 129}, "RIVULET_AUTH__KEYS[0].user: must have 1 to 128"),
         ({"key": "k", "user": "a\n"}, "RIVULET_AUTH__KEYS[0].user: must have no control"),
         ({"key": "k", "user": "a", "service": 1}, "RIVULET_AUTH__KEYS[0].service: must be true"),
         ({"key": "k", "user": "a", "grants": "x"}, "RIVULET_AUTH__KEYS[0].grants: must be a list"),

@@ -130,6 +130,24 @@ async def test_a_socket_with_a_fresh_token_stays(guarded: Server) -> None:
         await socket.hear("pong")
 
 
+async def test_an_echo_ends_as_other_sockets_do(guarded: Server) -> None:
+    """With its token, or because its user is sent away."""
+    headers, ends = brief("echo")
+    async with (
+        dialled(guarded.url, "/echo", headers=headers) as short,
+        dialled(guarded.url, "/echo", headers=bearer(token("echo"))) as long,
+    ):
+        async with asyncio.timeout(SHORT + 1 + LATE):
+            told, code = await closed(short)
+        assert (told[-1]["code"], code) == ("token_expired", 4401)
+        assert ends <= time.time() < ends + LATE
+        await long.say(still="here")
+        assert (await long.receive() or pytest.fail("it ended")).json() == {"still": "here"}
+        assert await away(guarded.url, "echo", SERVICE) == 200
+        async with asyncio.timeout(LATE):
+            assert (await closed(long))[1] == 4403
+
+
 async def test_one_that_comes_back_with_a_fresh_token_misses_nothing(guarded: Server) -> None:
     """The last word has a position too: after it the answer goes on."""
     model = "demo:rate=20,tokens=100"

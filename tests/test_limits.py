@@ -8,18 +8,24 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app import build
 from streaming import config, limits
 from streaming.errors import TooMany, Unavailable
-from streaming.limits import Limits, client_ip
+from streaming.limits import Limits, Quota, client_ip
 from streaming.redis_doors import RedisCounts
 from streaming.schema import network
+from tests.inside import in_process
 from tests.processes import until
 from tests.properties import property_test
+from tests.raw_socket import dialled
+from tests.readers import ask
 from tests.redis_server import RedisServer
 from tests.test_tickets import linked
+from tests.tokens import SECRET, bearer, token
 
 
 def limited(**given: int) -> Limits:
@@ -52,6 +58,7 @@ async def test_a_rate_is_of_a_user_and_a_kind() -> None:
         "RateLimit-Remaining": "2",
         "RateLimit-Reset": "60",
     }
+    assert Quota(3, 2, 59.1).headers()["RateLimit-Reset"] == "60", "not before it is there"
     assert await refusal(each.take("generations", "ann")) == (429, "rate_limited")
     assert await each.take("requests", "ann") and await each.take("generations", "bob")
     assert await refusal(each.take("requests", "ann")) == (429, "rate_limited")
@@ -77,6 +84,60 @@ async def test_there_are_no_rates_in_open_mode() -> None:
         assert await each.take("generations", "ann") is None
         assert await each.take("requests", "ann") is None
     assert await limited(generations_per_minute=0).take("generations", "ann") is None
+
+
+async def test_a_frame_is_a_request() -> None:
+    """Each that does something. One too many is told when to come back; the socket stays where it
+    is, and hears what others say.
+    """
+    auth = config.Auth(mode="token", jwt_secret=SECRET)
+    app = build(config.Config(auth=auth, limits=config.Limits(requests_per_minute=4)))
+    ann, bob = bearer(token("ann")), bearer(token("bob"))
+    async with in_process(app) as url, dialled(url, "/ws/hall", headers=ann) as socket:
+        for ref in range(3):  # its handshake is the first
+            await socket.say(type="ping")
+            await socket.say(type="authenticate", token=token("ann"))
+            await socket.say(type="presence", ref=ref)
+            assert (await socket.hear("presence"))["ref"] == ref
+        await socket.say(type="message", content="one too many", ref="x")
+        error = await socket.hear("error")
+        assert (error["code"], error["ref"]) == ("rate_limited", "x")
+        assert 50 < error["retry_after"] <= 60
+        await socket.say(type="ping", ref="there")
+        assert (await socket.hear("pong"))["ref"] == "there"
+        path = f"{url}/api/v1/rooms/hall"
+        async with ask("GET", f"{path}/presence", headers=ann) as answer:
+            assert answer.status == 429
+        said = {"content": "hello"}
+        async with ask("POST", f"{path}/messages", headers=bob, json_body=said) as answer:
+            assert answer.status == 201
+        assert (await socket.hear("message"))["content"] == "hello"
+
+
+async def test_a_refusal_tells_of_the_rate_that_is_over() -> None:
+    """And not of another, of which something is left."""
+    auth = config.Auth(mode="token", jwt_secret=SECRET)
+    rates = config.Limits(requests_per_minute=10, generations_per_minute=1)
+    body, headers = {"prompt": "x", "model": "demo:tokens=1"}, bearer(token("ann"))
+    async with in_process(build(config.Config(auth=auth, limits=rates))) as url:
+        for status in (200, 429):
+            asked = ask("POST", f"{url}/api/v1/generate", headers=headers, json_body=body)
+            async with asked as answer:
+                assert answer.status == status
+                assert answer.headers["ratelimit-limit"] == "1"
+                assert answer.headers["ratelimit-remaining"] == "0"
+
+
+async def test_nobody_is_told_to_come_back_too_early() -> None:
+    """Parts of a second count as a whole one."""
+
+    async def refuse(request: web.Request) -> web.Response:
+        raise TooMany("not now", retry_after=1.2)
+
+    app = build(config.Config())
+    app.router.add_get("/refuse", refuse)
+    async with in_process(app) as url, ask("GET", f"{url}/refuse") as answer:
+        assert (answer.status, answer.headers["retry-after"]) == (429, "2")
 
 
 # What is open at once

@@ -90,7 +90,8 @@ async def test_a_socket_leaves_a_line_when_it_closes(demo_server: Server) -> Non
 
 HANDSHAKE = (
     f"Upgrade: websocket\r\nConnection: upgrade\r\nSec-WebSocket-Version: 13\r\n"
-    f"Cookie: rivulet_token={SECRET}\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    f"Cookie: rivulet_token={SECRET}\r\nSec-WebSocket-Protocol: bearer, {SECRET}\r\n"
+    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
 )
 # Each is answered with an error, or breaks a protocol: what it says is not to be repeated.
 RAW = (
@@ -226,6 +227,17 @@ async def test_no_token_is_told(
     assert running.stop() == 0
     lines = [line.encode() for line in running.stderr + running.stdout]
     assert not [line for line in lines + told if any(each.encode() in line for each in secrets)]
+
+
+async def test_what_a_library_warns_of_is_a_line(server: StartServer) -> None:
+    """As all that is said on stderr."""
+    running = server(auth={"mode": "token", "jwt_secret": "16-of-characters"})
+    with pytest.warns(match="HMAC key"):
+        signed = tokens.bearer(tokens.token(key="16-of-characters"))
+    assert (await request(running.url, "GET", "/v1/models", headers=signed))[0] == 200
+    await line(running, "request", status=200)
+    (warned,) = (each for each in running.log_lines() if "HMAC key" in each["event"])
+    assert warned["level"] == "warning" and not running.log_lines("")
 
 
 @pytest.mark.parametrize("address", [f"redis://:{SECRET}/x@127.0.0.1:1", f"redis://u:{SECRET}#@h"])

@@ -79,8 +79,9 @@ async def test_all_that_is_promised_is_there(counting: Server) -> None:
     assert {name: families[name].type for name in PROMISED} == PROMISED
     assert all(family.documentation for family in families.values())
     assert {row.name.removesuffix("_total") for row in ROWS} < families.keys()
-    modern = await exposition(counting.url, "application/openmetrics-text; version=1.0.0")
-    assert modern.endswith("# EOF\n")
+    for version in ("1.0.0", "latest"):
+        accept = f"application/openmetrics-text; version={version}, text/plain; version=x"
+        assert (await exposition(counting.url, accept)).endswith("# EOF\n")
 
 
 async def test_no_label_is_a_clients_word(counting: Server) -> None:

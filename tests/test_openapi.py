@@ -48,6 +48,13 @@ def test_it_is_valid() -> None:
     validate(document())
 
 
+def test_a_body_may_come_too_late() -> None:
+    """Whoever sends one is told by 408, and nobody else."""
+    for does in document()["paths"].values():
+        for operation in does.values():
+            assert ("requestBody" in operation) is ("408" in operation["responses"])
+
+
 async def test_it_is_served_once_to_each(demo_server: Server) -> None:
     """Whoever has it is told that it is as it was."""
     url = f"{demo_server.url}/openapi.json"

@@ -45,7 +45,8 @@ async def exit_of(server: Server) -> float:
 async def test_sockets_are_closed_over_the_window(server: StartServer, http: ClientSession) -> None:
     """Each with 1012; so that they do not all come back at once, at times that fill the window."""
     process = server(server={"drain": WINDOW})
-    urls = [f"{process.url}/ws/room?user_id=u{i}" for i in range(COUNT)]
+    paths = ("/ws/room", "/echo")
+    urls = [f"{process.url}{paths[i % 10 == 9]}?user_id=u{i}" for i in range(COUNT)]
     sockets = await asyncio.gather(*(http.ws_connect(url) for url in urls))
     closed = [asyncio.create_task(closing(socket)) for socket in sockets]
     start = terminate(process)

@@ -40,11 +40,11 @@ def _pair(kind: str, number: int) -> tuple[str, str]:
     return private.decode(), public.decode()
 
 
-def jwk(kind: str, number: int = 0, **more: Any) -> dict[str, Any]:
-    """The public key as a member of a JWKS."""
+def jwk(kind: str, number: int = 0, private: bool = False, **more: Any) -> dict[str, Any]:
+    """The public key, or the private one, as a member of a JWKS."""
     algorithm = jwt.get_algorithm_by_name(kind)
-    public = algorithm.prepare_key(pair(kind, number)[1])
-    return {**json.loads(algorithm.to_jwk(public)), **more}
+    key = algorithm.prepare_key(pair(kind, number)[0 if private else 1])
+    return {**json.loads(algorithm.to_jwk(key)), **more}
 
 
 def token(
