@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Protocol
 
 from streaming import config
@@ -187,12 +188,10 @@ class Generations:
 
     async def finish(self, patience: float) -> None:
         """Waits until no generation runs, for `patience` seconds at most."""
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 while self._running:
                     await next(iter(self._running.values())).ended()
-        except TimeoutError:
-            pass
 
     async def close(self) -> None:
         """Cancels what still runs, and closes the upstreams' connections."""
