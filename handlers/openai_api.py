@@ -9,7 +9,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from handlers.answers import choose_encoder, resume, stream, whole
-from handlers.chat import MODEL_CHARS, Question, start
+from handlers.chat import Question, start
 from handlers.keys import CONFIG, GENERATIONS
 from handlers.middleware import json_response
 from handlers.reading import Fields, read_fields
@@ -49,7 +49,7 @@ def _question(body: JSON, fields: Fields) -> Question:
     params = {name: value for name, value in body.items() if name not in _OURS}
     return Question(
         messages=fields.messages(),
-        model=fields.text("model", "", most=MODEL_CHARS),
+        model=fields.model(),
         params={**params, "n": choices} if "n" in body else params,
         streamed=fields.flag("stream"),
     )

@@ -112,6 +112,7 @@ async def read_fields(request: web.Request) -> JSON:
     return body
 
 
+MODEL_CHARS = 512
 _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 
 
@@ -170,21 +171,25 @@ class Fields:
             raise InvalidField(name, f"must be a number from {low:g} to {high:g}")
         return number
 
-    def messages(self, name: str = "messages") -> list[JSON]:
+    def model(self) -> str:
+        """The name of a model; "" where none is named."""
+        return self.text("model", "", most=MODEL_CHARS)
+
+    def messages(self) -> list[JSON]:
         """A list of chat messages: objects with a role, and with content unless the assistant's."""
-        value = self.data.get(name)
+        value = self.data.get("messages")
         if value is None:
-            raise InvalidField(name, "is required", code="missing_field")
+            raise InvalidField("messages", "is required", code="missing_field")
         if not isinstance(value, list):
-            raise InvalidField(name, "must be a list")
+            raise InvalidField("messages", "must be a list")
         if not value:
-            raise InvalidField(name, "must not be empty")
+            raise InvalidField("messages", "must not be empty")
         if len(value) > self._limits.messages:
-            message = f"{name}: more than {self._limits.messages} messages"
-            raise TooLarge(message, param=name)
+            message = f"messages: more than {self._limits.messages} messages"
+            raise TooLarge(message, param="messages")
         for i, message in enumerate(value):
-            self._check_message(f"{name}[{i}]", message)
-        self._check_length(name, sum(map(message_chars, value)), 0)
+            self._check_message(f"messages[{i}]", message)
+        self._check_length("messages", sum(map(message_chars, value)), 0)
         return value
 
     def _check_message(self, place: str, message: Any) -> None:

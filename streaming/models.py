@@ -105,5 +105,5 @@ class Models:
     async def close(self) -> None:
         """Closes every source, each once."""
         sources = [self._default, *(source for source, _ in self._listed.values())]
-        for source in dict(zip(map(id, sources), sources, strict=True)).values():
+        for source in {id(source): source for source in sources}.values():
             await source.close()
