@@ -45,12 +45,13 @@ def _question(body: JSON, fields: Fields) -> Question:
     options = body.get("stream_options")
     if options is not None and not isinstance(options, dict):
         raise InvalidField("stream_options", "must be an object")
-    choices = fields.integer("n", 1, 1, 128)
     params = {name: value for name, value in body.items() if name not in _OURS}
+    if "n" in params:
+        params["n"] = fields.integer("n", 1, 1, 128)
     return Question(
         messages=fields.messages(),
         model=fields.model(),
-        params={**params, "n": choices} if "n" in body else params,
+        params=params,
         streamed=fields.flag("stream"),
     )
 

@@ -113,6 +113,7 @@ async def read_fields(request: web.Request) -> JSON:
 
 
 MODEL_CHARS = 512
+_DIGITS = re.compile(r"-?[0-9]{1,15}")
 _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 
 
@@ -152,10 +153,7 @@ class Fields:
         if value is None:
             return default
         if isinstance(value, str):
-            digits = value.removeprefix("-")
-            value = (
-                int(value) if digits.isascii() and digits.isdigit() and len(value) < 16 else None
-            )
+            value = int(value) if _DIGITS.fullmatch(value) else None
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise InvalidField(name, f"must be a whole number from {low} to {high}")
         return value

@@ -41,13 +41,13 @@ class Generations:
         self,
         cfg: config.Generation,
         models: Models,
-        mirror: Mirror | None = None,
-        metrics: Metrics | None = None,
-        limits: Limits | None = None,
+        mirror: Mirror | None,
+        metrics: Metrics,
+        limits: Limits,
     ) -> None:
         self.models = models
-        self._limits = limits or Limits(config.Limits())
-        self._metrics = metrics or Metrics()
+        self._limits = limits
+        self._metrics = metrics
         self._mirror = mirror
         self._config = cfg
         self._clock = FlushClock(cfg.flush_interval)

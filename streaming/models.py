@@ -55,11 +55,9 @@ class ModelSource(Protocol):
         the next batch gathers what came meanwhile. Raises UpstreamError. Closing the generator or
         cancelling the task that reads it closes the upstream connection at once.
         """
-        ...
 
     async def close(self) -> None:
         """Gives back connections. Streams that still run are cut."""
-        ...
 
 
 class Route(NamedTuple):

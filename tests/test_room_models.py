@@ -13,6 +13,8 @@ from streaming import config
 from streaming.demo import DemoModel
 from streaming.generation import Ask
 from streaming.generations import Generations
+from streaming.limits import Limits
+from streaming.metrics import Metrics
 from streaming.models import ModelCall, Models
 from streaming.room import Keeper, Room
 from tests.behaviour import expected
@@ -358,7 +360,8 @@ async def test_who_hears_of_the_start_sooner_may_stop_it() -> None:
     """
     keeper = LateKeeper()
     room = Room("a", config.Rooms(), 10, keeper)
-    generations = Generations(config.Generation(), Models("demo", DemoModel(), {}))
+    models, limits = Models("demo", DemoModel(), {}), Limits(config.Limits())
+    generations = Generations(config.Generation(), models, None, Metrics(), limits)
     ask = Ask(ModelCall("demo", [{"role": "user", "content": "Hi"}]), "ann", 60.0, room=room)
     starting = asyncio.create_task(generations.start(ask))
     await keeper.heard.wait()
