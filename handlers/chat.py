@@ -15,11 +15,11 @@ from urllib.parse import quote
 import orjson
 from aiohttp import web
 
-from handlers.answers import choose_encoder, resume, stream, whole
+from handlers.answers import admit, choose_encoder, resume, stream, whole
 from handlers.identity import check_room
 from handlers.keys import CONFIG, GENERATIONS, IDENTITY, LIMITS, REQUEST_ID, ROOMS, STATE, USER
 from handlers.middleware import note
-from handlers.reading import Fields, idempotency_key, path_of, read_fields
+from handlers.reading import NAME_CHARS, Fields, idempotency_key, path_of, read_fields
 from streaming.auth import Identity
 from streaming.dialects import CHAT, CONTENT, CONTENT_WITHOUT_DONE, TOOL, Dialect
 from streaming.encoders import NDJSON, NDJSON_BRACES, SSE, Framing
@@ -78,10 +78,10 @@ def _prompt_or_messages(fields: Fields) -> Question:
 
 
 def _message_or_messages(fields: Fields) -> Question:
-    conversation_id = fields.text("conversation_id", "")
+    conversation_id = fields.text("conversation_id", "", most=NAME_CHARS)
     if conversation_id and not _CONVERSATION.fullmatch(conversation_id):
         raise InvalidField("conversation_id", "must be 1 to 128 visible ASCII characters")
-    room, model = fields.text("room", ""), fields.model()
+    room, model = fields.text("room", "", most=NAME_CHARS), fields.model()
     if room.startswith(PERSONAL):
         raise InvalidField("room", "must not begin with conv: or user:")
     if fields.data.get("message") is None and fields.data.get("messages") is not None:
@@ -115,9 +115,10 @@ class Row:
             generation = await start(request, question, data)
             return await whole(request, generation, _text_and_tokens)
         encoder = choose_encoder(request, question.dialect or self.dialect, self.framing)
-        generation = await start(request, question, data)
-        del question, data  # not to be kept as long as the stream
-        return await stream(request, generation, encoder)
+        with await admit(request):
+            generation = await start(request, question, data)
+            del question, data  # not to be kept as long as the stream
+            return await stream(request, generation, encoder)
 
 
 async def start(

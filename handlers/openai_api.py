@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from handlers.answers import choose_encoder, resume, stream, whole
+from handlers.answers import admit, choose_encoder, resume, stream, whole
 from handlers.chat import Question, start
 from handlers.keys import CONFIG, GENERATIONS
 from handlers.middleware import json_response
@@ -36,9 +36,10 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     options = body.get("stream_options") or {}
     dialect = OPENAI_WITH_USAGE if options.get("include_usage") else OPENAI
     encoder = choose_encoder(request, dialect, SSE)
-    generation = await start(request, question, body, LINGER)
-    del question, body, options  # not to be kept as long as the stream
-    return await stream(request, generation, encoder)
+    with await admit(request):
+        generation = await start(request, question, body, LINGER)
+        del question, body, options  # not to be kept as long as the stream
+        return await stream(request, generation, encoder)
 
 
 def _question(body: JSON, fields: Fields) -> Question:

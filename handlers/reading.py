@@ -112,7 +112,7 @@ async def read_fields(request: web.Request) -> JSON:
     return body
 
 
-MODEL_CHARS = 512
+NAME_CHARS = 512  # of a model, a conversation, a room: what is longer is too large
 _DIGITS = re.compile(r"-?[0-9]{1,15}")
 _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 
@@ -171,7 +171,7 @@ class Fields:
 
     def model(self) -> str:
         """The name of a model; "" where none is named."""
-        return self.text("model", "", most=MODEL_CHARS)
+        return self.text("model", "", most=NAME_CHARS)
 
     def messages(self) -> list[JSON]:
         """A list of chat messages: objects with a role, and with content unless the assistant's."""
