@@ -33,6 +33,7 @@ from streaming.errors import Conflict, Gone, InvalidField, RivuletError, Unavail
 from streaming.events import JSON, Event, Position
 from streaming.frames import ROOMS as FRAMES
 from streaming.generation import Generation
+from streaming.limits import Entry
 from streaming.log import Cursor, FellBehind, now_ms
 from streaming.places import Draining, Expelled, Place, TooSlow
 from streaming.responses import ResponseSink, open_stream
@@ -57,6 +58,13 @@ def choose_encoder(
     if chosen is TEXT and not bare:
         raise InvalidField("format", "must be sse or ndjson")
     return encoder(dialect, chosen, wish)
+
+
+async def admit(request: web.Request) -> Entry:
+    """Lets a stream in: before anything is begun for it, or who is refused would have begun that.
+    Raises TooMany, Unavailable.
+    """
+    return await request.app[LIMITS].admit(address_of(request), request[USER])
 
 
 async def stream(
@@ -91,12 +99,7 @@ async def deliver(
 ) -> web.StreamResponse:
     """Streams what the cursor reads to its end, after the events of `opening`; see `stream`."""
     delivery = delivery or request.app[DELIVERY]
-    entry = await request.app[LIMITS].admit(address_of(request), request[USER])
-    try:
-        sink = await open_stream(delivery, request, encoder, cursor, headers)
-    except BaseException:
-        entry.leave()
-        raise
+    sink = await open_stream(delivery, request, encoder, cursor, headers)
     sink.who = request[IDENTITY]
     try:
         if opening:
@@ -122,8 +125,6 @@ async def deliver(
     except Exception:
         await sink.cut()  # our own fault: an error page within the body would not look like one
         raise
-    finally:
-        entry.leave()
     return sink.response
 
 
@@ -271,7 +272,8 @@ async def attach(
         # fetch-event-source takes a 200 of another type for a failure, and asks again for ever.
         headers["Content-Type"] = encoder.framing.media_type
         return web.Response(headers=headers)
-    return await stream(request, generation, encoder, after, place.opening)
+    with await admit(request):
+        return await stream(request, generation, encoder, after, place.opening)
 
 
 def _left(generation: Generation, encoder: Encoder, after: int) -> bool:

@@ -6,7 +6,7 @@ import re
 
 from aiohttp import web
 
-from handlers.answers import choose_encoder, deliver
+from handlers.answers import admit, choose_encoder, deliver
 from handlers.identity import check_service
 from handlers.keys import CHANNELS, CONFIG, USER
 from handlers.middleware import json_response
@@ -28,11 +28,12 @@ async def events(request: web.Request) -> web.StreamResponse:
     if not encoding.heartbeat_event:
         encoding = encoder(encoding.dialect, encoding.framing, "heartbeat")
     channels = request.app[CHANNELS]
-    async with channels.reading(request[USER], channel) as cursor:
-        connected = Event("connected", {"channel": channel}, Position("", 0), now_ms(), {})
-        return await deliver(
-            request, encoding, cursor, {}, opening=[connected], delivery=channels.delivery
-        )
+    connected = Event("connected", {"channel": channel}, Position("", 0), now_ms(), {})
+    with await admit(request):
+        async with channels.reading(request[USER], channel) as cursor:
+            return await deliver(
+                request, encoding, cursor, {}, opening=[connected], delivery=channels.delivery
+            )
 
 
 async def publish(request: web.Request) -> web.Response:

@@ -15,24 +15,23 @@ from urllib.parse import quote
 import orjson
 from aiohttp import web
 
-from handlers.answers import choose_encoder, resume, stream, whole
+from handlers.answers import admit, choose_encoder, resume, stream, whole
 from handlers.identity import check_room
 from handlers.keys import CONFIG, GENERATIONS, IDENTITY, LIMITS, REQUEST_ID, ROOMS, STATE, USER
 from handlers.middleware import note
-from handlers.reading import Fields, idempotency_key, path_of, read_fields
+from handlers.reading import NAME_CHARS, Fields, idempotency_key, path_of, read_fields
 from streaming.auth import Identity
 from streaming.dialects import CHAT, CONTENT, CONTENT_WITHOUT_DONE, TOOL, Dialect
 from streaming.encoders import NDJSON, NDJSON_BRACES, SSE, Framing
 from streaming.errors import InvalidField, Unavailable
 from streaming.events import JSON
 from streaming.generation import Ask, Generation, Key
+from streaming.grants import PERSONAL
 from streaming.models import ModelCall
 from streaming.room import Room
 
 DEFAULT_PROMPT = "Say hello, and tell me in a few sentences what a streaming server does."
-MODEL_CHARS = 512
 _CONVERSATION = re.compile(r"[!-~]{1,128}")  # it goes into a header
-_ROOM = re.compile(r"[^\s\x00-\x1f]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +53,17 @@ class Question:
 
 def _prompt(fields: Fields) -> Question:
     limit = fields.integer("max_tokens", 0, 1, 10**7)
-    params: JSON = {"max_tokens": limit} if limit else {}
     return Question(
         messages=[{"role": "user", "content": fields.text("prompt")}],
-        model=fields.text("model", "", most=MODEL_CHARS),
-        params=params,
+        model=fields.model(),
+        params={"max_tokens": limit} if limit else {},
         streamed=fields.flag("stream"),
     )
 
 
 def _prompt_query(fields: Fields) -> Question:
     prompt = fields.text("prompt", DEFAULT_PROMPT)
-    model = fields.text("model", "", most=MODEL_CHARS)
-    return Question(messages=[{"role": "user", "content": prompt}], model=model)
+    return Question(messages=[{"role": "user", "content": prompt}], model=fields.model())
 
 
 def _required_prompt_query(fields: Fields) -> Question:
@@ -77,17 +74,16 @@ def _required_prompt_query(fields: Fields) -> Question:
 def _prompt_or_messages(fields: Fields) -> Question:
     if fields.data.get("messages") is None:
         return _prompt(fields)
-    return Question(messages=fields.messages(), model=fields.text("model", "", most=MODEL_CHARS))
+    return Question(messages=fields.messages(), model=fields.model())
 
 
 def _message_or_messages(fields: Fields) -> Question:
-    conversation_id = fields.text("conversation_id", "", most=MODEL_CHARS)
+    conversation_id = fields.text("conversation_id", "", most=NAME_CHARS)
     if conversation_id and not _CONVERSATION.fullmatch(conversation_id):
         raise InvalidField("conversation_id", "must be 1 to 128 visible ASCII characters")
-    room = fields.text("room", "", most=MODEL_CHARS)
-    if room and (not _ROOM.fullmatch(room) or room.startswith(("conv:", "user:"))):
-        raise InvalidField("room", "must be 1 to 128 visible characters, not conv: or user: first")
-    model = fields.text("model", "", most=MODEL_CHARS)
+    room, model = fields.text("room", "", most=NAME_CHARS), fields.model()
+    if room.startswith(PERSONAL):
+        raise InvalidField("room", "must not begin with conv: or user:")
     if fields.data.get("message") is None and fields.data.get("messages") is not None:
         return Question(fields.messages(), "", model, {}, conversation_id, room, dialect=TOOL)
     conversation_id = conversation_id or f"c{secrets.token_hex(8)}"
@@ -119,9 +115,10 @@ class Row:
             generation = await start(request, question, data)
             return await whole(request, generation, _text_and_tokens)
         encoder = choose_encoder(request, question.dialect or self.dialect, self.framing)
-        generation = await start(request, question, data)
-        del question, data  # not to be kept as long as the stream
-        return await stream(request, generation, encoder)
+        with await admit(request):
+            generation = await start(request, question, data)
+            del question, data  # not to be kept as long as the stream
+            return await stream(request, generation, encoder)
 
 
 async def start(
@@ -220,10 +217,9 @@ ROWS = (
 
 def routes() -> list[web.RouteDef]:
     """This surface's routes."""
-    return [_route(row) for row in ROWS]
-
-
-def _route(row: Row) -> web.RouteDef:
-    if row.method == "GET":
-        return web.get(row.path, row.handle, allow_head=False)
-    return web.post(row.path, row.handle)
+    return [
+        web.post(row.path, row.handle)
+        if row.method == "POST"
+        else web.get(row.path, row.handle, allow_head=False)
+        for row in ROWS
+    ]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from handlers.answers import choose_encoder, resume, stream, whole
-from handlers.chat import MODEL_CHARS, Question, start
+from handlers.answers import admit, choose_encoder, resume, stream, whole
+from handlers.chat import Question, start
 from handlers.keys import CONFIG, GENERATIONS
 from handlers.middleware import json_response
 from handlers.reading import Fields, read_fields
@@ -36,21 +36,23 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     options = body.get("stream_options") or {}
     dialect = OPENAI_WITH_USAGE if options.get("include_usage") else OPENAI
     encoder = choose_encoder(request, dialect, SSE)
-    generation = await start(request, question, body, LINGER)
-    del question, body, options  # not to be kept as long as the stream
-    return await stream(request, generation, encoder)
+    with await admit(request):
+        generation = await start(request, question, body, LINGER)
+        del question, body, options  # not to be kept as long as the stream
+        return await stream(request, generation, encoder)
 
 
 def _question(body: JSON, fields: Fields) -> Question:
     options = body.get("stream_options")
     if options is not None and not isinstance(options, dict):
         raise InvalidField("stream_options", "must be an object")
-    choices = fields.integer("n", 1, 1, 128)
     params = {name: value for name, value in body.items() if name not in _OURS}
+    if "n" in params:
+        params["n"] = fields.integer("n", 1, 1, 128)
     return Question(
         messages=fields.messages(),
-        model=fields.text("model", "", most=MODEL_CHARS),
-        params={**params, "n": choices} if "n" in body else params,
+        model=fields.model(),
+        params=params,
         streamed=fields.flag("stream"),
     )
 

@@ -6,7 +6,7 @@ import asyncio
 
 from aiohttp import web
 
-from handlers.answers import choose_encoder, deliver
+from handlers.answers import admit, choose_encoder, deliver
 from handlers.keys import CONFIG, STATE
 from handlers.middleware import json_response
 from handlers.reading import Fields, last_event_id
@@ -104,7 +104,8 @@ async def count(request: web.Request) -> web.StreamResponse:
     log.advance(whole=not interval)
     task = asyncio.create_task(_count(log, interval))
     try:
-        return await deliver(request, encoder, Cursor(log, position.offset), {})
+        with await admit(request):
+            return await deliver(request, encoder, Cursor(log, position.offset), {})
     finally:
         task.cancel()
 

@@ -112,6 +112,8 @@ async def read_fields(request: web.Request) -> JSON:
     return body
 
 
+NAME_CHARS = 512  # of a model, a conversation, a room: what is longer is too large
+_DIGITS = re.compile(r"-?[0-9]{1,15}")
 _IDEMPOTENCY_KEY = re.compile(r"[!-~]{1,255}")
 
 
@@ -151,10 +153,7 @@ class Fields:
         if value is None:
             return default
         if isinstance(value, str):
-            digits = value.removeprefix("-")
-            value = (
-                int(value) if digits.isascii() and digits.isdigit() and len(value) < 16 else None
-            )
+            value = int(value) if _DIGITS.fullmatch(value) else None
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise InvalidField(name, f"must be a whole number from {low} to {high}")
         return value
@@ -170,21 +169,25 @@ class Fields:
             raise InvalidField(name, f"must be a number from {low:g} to {high:g}")
         return number
 
-    def messages(self, name: str = "messages") -> list[JSON]:
+    def model(self) -> str:
+        """The name of a model; "" where none is named."""
+        return self.text("model", "", most=NAME_CHARS)
+
+    def messages(self) -> list[JSON]:
         """A list of chat messages: objects with a role, and with content unless the assistant's."""
-        value = self.data.get(name)
+        value = self.data.get("messages")
         if value is None:
-            raise InvalidField(name, "is required", code="missing_field")
+            raise InvalidField("messages", "is required", code="missing_field")
         if not isinstance(value, list):
-            raise InvalidField(name, "must be a list")
+            raise InvalidField("messages", "must be a list")
         if not value:
-            raise InvalidField(name, "must not be empty")
+            raise InvalidField("messages", "must not be empty")
         if len(value) > self._limits.messages:
-            message = f"{name}: more than {self._limits.messages} messages"
-            raise TooLarge(message, param=name)
+            message = f"messages: more than {self._limits.messages} messages"
+            raise TooLarge(message, param="messages")
         for i, message in enumerate(value):
-            self._check_message(f"{name}[{i}]", message)
-        self._check_length(name, sum(map(message_chars, value)), 0)
+            self._check_message(f"messages[{i}]", message)
+        self._check_length("messages", sum(map(message_chars, value)), 0)
         return value
 
     def _check_message(self, place: str, message: Any) -> None:

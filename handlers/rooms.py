@@ -9,7 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
-from handlers.answers import choose_encoder, deliver
+from handlers.answers import admit, choose_encoder, deliver
 from handlers.identity import check_room
 from handlers.keys import CONFIG, GENERATIONS, IDENTITY, PRESENCE, ROOMS, USER
 from handlers.middleware import json_response
@@ -141,12 +141,13 @@ async def events(request: web.Request) -> web.StreamResponse:
     encoder = choose_encoder(request, FRAMES, SSE, bare=False)
     after, user = last_event_id(request), request[USER]
     room, here = await room_of(request, after), request.app[PRESENCE]
-    here.enter(room, user)
-    try:
-        cursor, opening = room.join(after)
-        return await deliver(request, encoder, cursor, {}, opening=opening)
-    finally:
-        here.leave(room, user)
+    with await admit(request):
+        here.enter(room, user)
+        try:
+            cursor, opening = room.join(after)
+            return await deliver(request, encoder, cursor, {}, opening=opening)
+        finally:
+            here.leave(room, user)
 
 
 def routes() -> list[web.RouteDef]:

@@ -12,7 +12,7 @@ from handlers.answers import Found, attach, choose_encoder, place_of, resume
 from handlers.identity import check_stop
 from handlers.keys import GENERATIONS, IDENTITY
 from handlers.middleware import json_response
-from streaming.dialects import DIALECTS, NATIVE, Dialect
+from streaming.dialects import DIALECTS, NATIVE
 from streaming.encoders import SSE
 from streaming.errors import InvalidField, NotFound
 from streaming.events import Position
@@ -31,11 +31,14 @@ async def events(request: web.Request) -> web.StreamResponse:
     """GET /api/v1/streams/{id}/events: from the start, from `starting_after`, or from where
     `Last-Event-ID` says, which counts more: an `EventSource` sends its URL again as it was.
     """
-    dialect = _dialect(request)
-    generation = await _find(request)
+    name = request.query.get("dialect", NATIVE.name)
+    if name not in DIALECTS:
+        raise InvalidField("dialect", f"must be one of {', '.join(DIALECTS)}")
+    dialect = DIALECTS[name]
     resumed = await resume(request, dialect, SSE)
     if resumed is not None:
         return resumed
+    generation = await _find(request)
     encoder = choose_encoder(request, dialect, SSE)
     return await attach(request, generation, encoder, await _starting_after(request, generation))
 
@@ -56,13 +59,6 @@ async def _find(request: web.Request) -> Generation:
     if generation is None:
         raise NotFound("no such stream", param="id")
     return generation
-
-
-def _dialect(request: web.Request) -> Dialect:
-    name = request.query.get("dialect", NATIVE.name)
-    if name not in DIALECTS:
-        raise InvalidField("dialect", f"must be one of {', '.join(DIALECTS)}")
-    return DIALECTS[name]
 
 
 async def _starting_after(request: web.Request, generation: Generation) -> Found:

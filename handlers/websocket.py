@@ -257,7 +257,7 @@ class Connection:
 
     async def generate(self, frame: JSON) -> JSON:
         room, fields = self._room(frame, "generate"), Fields(frame, self._limits)
-        model = fields.text("model", "", most=512)
+        model = fields.model()
         if frame.get("messages") is not None:
             question = Question(fields.messages(), "", model, room=room.name)
         else:

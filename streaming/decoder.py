@@ -22,17 +22,15 @@ class ChunkDecoder:
     """Bytes of a streamed chat completion to pieces, whatever the boundaries between reads.
 
     A line ends with LF or CRLF; only `data:` and `event: error` mean something. `done`: `[DONE]`
-    has come. `failure`: what went wrong, after the pieces that came before it. An ending without a
-    finish reason is a failure.
+    has come. `finished`: a finish reason has. `failure`: what went wrong, after the pieces before.
     """
 
     def __init__(self) -> None:
-        self.done = False
+        self.done = self.finished = False
         self.failure: UpstreamError | None = None
         self._unfinished = bytearray()  # a line that has not ended
         self._pending = bytearray()  # data lines of an event that has several
         self._error_event = False
-        self._finished = False
 
     def feed(self, data: bytes) -> list[Piece]:
         """The pieces that these bytes complete. Never raises; see `failure`."""
@@ -49,12 +47,7 @@ class ChunkDecoder:
 
     def eof(self) -> list[Piece]:
         """The pieces of a last line that did not end."""
-        pieces = self._decode([bytes(self._unfinished), b""])
-        if self.failure is None and not self._finished and not self.done:
-            self.failure = UpstreamError(
-                "upstream_cut", "the model's answer ended without a finish reason"
-            )
-        return pieces
+        return self._decode([bytes(self._unfinished), b""])
 
     def _decode(self, lines: list[bytes]) -> list[Piece]:
         pieces: list[Piece] = []
@@ -98,10 +91,6 @@ class ChunkDecoder:
             self.failure = UpstreamError("upstream_invalid", "the model sent what is no chunk")
         if text:
             pieces.append(Piece("text", "".join(text)))
-        if self.done and not self._finished and self.failure is None:
-            self.failure = UpstreamError(
-                "upstream_cut", "the model's answer ended without a finish reason"
-            )
         return pieces
 
     def _hold(self, payload: bytes) -> None:
@@ -120,10 +109,9 @@ class ChunkDecoder:
             delta = dict(choice.get("delta") or choice.get("message") or ())
             for name in ("role", "logprobs"):
                 delta.pop(name, None)
-            thought = delta.pop("reasoning_content", None) or delta.pop("reasoning", None)
-            if thought:
+            thoughts = delta.pop("reasoning_content", None), delta.pop("reasoning", None)
+            if thought := thoughts[0] or thoughts[1]:
                 pieces.append(Piece("reasoning", _string(thought), index))
-            delta.pop("reasoning", None)
             if refusal := delta.pop("refusal", None):
                 pieces.append(Piece("refusal", _string(refusal), index))
             content = delta.pop("content", None) or ""
@@ -139,7 +127,7 @@ class ChunkDecoder:
             for place, call in enumerate(calls):
                 pieces.append(_tool_call(call, place, index))
             if reason := choice.get("finish_reason"):
-                self._finished = True
+                self.finished = True
                 pieces.append(Piece("finish", str(reason), index))
         if usage := chunk.get("usage"):
             pieces.append(Piece("usage", extra=_sayable(dict(usage))))

@@ -106,8 +106,6 @@ class DemoModel:
     name = "demo"
 
     def __init__(self, max_rate: float = 1000.0, max_tokens: int = 20_000) -> None:
-        if not 0 < max_rate < float("inf") or max_tokens < 1:
-            raise ValueError("max_rate and max_tokens must be above 0, and finite")
         self._max_rate = max_rate
         self._max_tokens = max_tokens
 
@@ -134,7 +132,9 @@ class DemoModel:
             raise _failure(knobs.fail)
         start, said = clock(), 0
         for piece, tokens, length in parts:
-            words, until = _endless(tokens), min(said + length, end)
+            # The tokens, then again from a new paragraph, for ever.
+            words = chain(tokens[:1], cycle([*tokens[1:], "\n\n" + tokens[0]]))
+            until = min(said + length, end)
             while said < until:
                 # Sleeps also where it is late, so that other tasks and a cancellation get a turn.
                 next_due = start + (said + knobs.jitter * random.random()) / rate
@@ -261,8 +261,3 @@ def _excerpt(text: str, limit: int) -> str:
 
 def _split(text: str) -> list[str]:
     return re.findall(r"\s*\S+", text)
-
-
-def _endless(tokens: list[str]) -> Iterator[str]:
-    """The tokens, then again from a new paragraph, for ever."""
-    return chain(tokens[:1], cycle([*tokens[1:], "\n\n" + tokens[0]]))

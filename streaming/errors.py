@@ -139,7 +139,6 @@ class UpstreamError(RivuletError):
         "upstream_cut": (502, True),  # ended or reset without a finish reason
         "upstream_invalid": (502, True),  # bytes that are no chunk of this protocol
         "too_long": (502, False),  # the answer passed max_bytes
-        "overloaded": (503, False),
     }
 
     def __init__(

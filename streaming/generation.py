@@ -86,8 +86,8 @@ class Generation:
 
     @property
     def spoke(self) -> bool:
-        """Whether anything of the answer has come."""
-        return self.log.size > 0 and any(event.type == "delta" for event in self.log.read(1))
+        """Whether anything of the answer has come, after `started`."""
+        return any(event.type == "part_started" for event in self.log.read(1, limit=1))
 
     def keeps_key(self, key: Key) -> bool:
         """Whether whoever comes with this key, which has started it, finds it: not where it failed

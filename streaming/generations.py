@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Protocol
 
 from streaming import config
@@ -40,13 +41,13 @@ class Generations:
         self,
         cfg: config.Generation,
         models: Models,
-        mirror: Mirror | None = None,
-        metrics: Metrics | None = None,
-        limits: Limits | None = None,
+        mirror: Mirror | None,
+        metrics: Metrics,
+        limits: Limits,
     ) -> None:
         self.models = models
-        self._limits = limits or Limits(config.Limits())
-        self._metrics = metrics or Metrics()
+        self._limits = limits
+        self._metrics = metrics
         self._mirror = mirror
         self._config = cfg
         self._clock = FlushClock(cfg.flush_interval)
@@ -187,12 +188,10 @@ class Generations:
 
     async def finish(self, patience: float) -> None:
         """Waits until no generation runs, for `patience` seconds at most."""
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 while self._running:
                     await next(iter(self._running.values())).ended()
-        except TimeoutError:
-            pass
 
     async def close(self) -> None:
         """Cancels what still runs, and closes the upstreams' connections."""

@@ -61,7 +61,9 @@ class Shared(Protocol):
 
 
 class Entry:
-    """A connection that has been let in. `leave` when it is over; once more changes nothing."""
+    """A connection that has been let in. `leave` when it is over; once more changes nothing.
+    `with entry:` it lasts as long as that is open.
+    """
 
     __slots__ = ("_ip", "_limits", "_user")
 
@@ -69,6 +71,12 @@ class Entry:
         self._limits: Limits | None = limits
         self._ip = ip
         self._user = user
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
 
     async def rename(self, user: str) -> None:
         """It turns out to be this user's. Raises TooMany."""

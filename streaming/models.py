@@ -55,11 +55,9 @@ class ModelSource(Protocol):
         the next batch gathers what came meanwhile. Raises UpstreamError. Closing the generator or
         cancelling the task that reads it closes the upstream connection at once.
         """
-        ...
 
     async def close(self) -> None:
         """Gives back connections. Streams that still run are cut."""
-        ...
 
 
 class Route(NamedTuple):
@@ -105,5 +103,5 @@ class Models:
     async def close(self) -> None:
         """Closes every source, each once."""
         sources = [self._default, *(source for source, _ in self._listed.values())]
-        for source in dict(zip(map(id, sources), sources, strict=True)).values():
+        for source in {id(source): source for source in sources}.values():
             await source.close()

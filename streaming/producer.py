@@ -18,13 +18,12 @@ from dataclasses import replace
 
 from streaming import config
 from streaming.clock import FlushClock
-from streaming.dialects import ENDINGS
 from streaming.errors import RivuletError, Unavailable, UpstreamError
 from streaming.events import JSON, new_epoch
 from streaming.generation import Ask, Generation
 from streaming.log import Log, now_ms
 from streaming.metrics import SLOW, Metrics
-from streaming.models import ModelCall, Models, Route
+from streaming.models import Models, Route
 from streaming.room import Room
 from streaming.writer import Writer
 
@@ -33,6 +32,7 @@ logger = logging.getLogger("rivulet.generations")
 RETRY_AFTER_MAX = 30.0  # seconds; an upstream that asks for more is not waited for
 FINISH_GRACE = 2.0  # seconds for usage and [DONE] once the model has said that it is done
 OVERHEAD = 8192  # bytes of an ended generation besides its text
+COMING = 1.0  # seconds at least in which whoever has asked begins to read
 KEYED_LINGER = 60.0  # seconds at least: whoever sends a key means to come back with it
 
 
@@ -68,24 +68,24 @@ class Producer(Generation):
         keyed = ask.key is not None and not ask.key.flight
         self._linger = max(ask.linger, KEYED_LINGER) if keyed else ask.linger
         self._abandon: asyncio.TimerHandle | None = None
-        self._writer = Writer(self.log, _choices(ask.call), cfg.max_bytes)
+        self._writer = Writer(self.log, ask.call.params.get("n", 1), cfg.max_bytes)
         self._task: asyncio.Task[None] | None = None
         self._told = False  # its room knows that it has started
         self._ends_at = 0  # an offset far above, where another has ended it
 
     async def start(self) -> None:
-        """Tells its room, and begins. The log has its first event when this returns. Cancelling it
-        starts it all the same. Raises Unavailable where its room cannot be told.
+        """Tells its room, and begins. The log has its first event when this returns. Raises
+        Unavailable where its room cannot be told.
         """
         self.log.append("started", {"model": self.log.origin["model"]})
-        if self.ask.room is None:
+        if self.ask.room is not None:
+            await self._tell_start(self.ask.room)
+        if self.ending is None:
             self._task = asyncio.create_task(self._run())
-        elif self.ask.room.keeper.immediate:
-            await self._start_in(self.ask.room)
-        else:
-            await asyncio.shield(asyncio.create_task(self._start_in(self.ask.room)))
+            if not self.readers:  # whoever asked may have gone meanwhile
+                self._unread(max(self._linger, COMING))
 
-    async def _start_in(self, room: Room) -> None:
+    async def _tell_start(self, room: Room) -> None:
         told: list[tuple[str, JSON]] = []
         if self.ask.said is not None:
             told.append(("message", {"user_id": self.owner, "content": self.ask.said}))
@@ -101,9 +101,16 @@ class Producer(Generation):
         finally:
             room.starting.pop(self.id, None)
         self._told = True
-        if not self.readers:
-            self._unread(self._linger)
-        self._task = asyncio.create_task(self._run())
+        self._tell_end()  # of those who were told sooner one may have stopped it
+
+    def _tell_end(self) -> None:
+        """Tells its room of the end that it has come to, if the room knows of the start. An
+        instance that has fenced this one has told it.
+        """
+        room, ending = self.ask.room, self.ending
+        if room is not None and ending is not None and self._told and not self._ends_at:
+            told = {"stream_id": self.id, "user_id": self.owner, "content": self.text()}
+            room.keeper.conclude(room, ending.type, {**told, **ending.data})
 
     def __enter__(self) -> None:
         super().__enter__()
@@ -141,16 +148,10 @@ class Producer(Generation):
         """Another instance has ended it, at this offset, and told its room: here it ends there too,
         so that whoever has read that end is at the end.
         """
-        self._told = False
         self._ends_at = offset
         self._fail(error)
         if self._task is not None:
             self._task.cancel()
-
-    @property
-    def spoke(self) -> bool:
-        """Whether anything of the answer has come."""
-        return self._writer.spoken
 
     @property
     def cost(self) -> int:
@@ -165,7 +166,6 @@ class Producer(Generation):
 
     def _end(self, type: str, data: JSON) -> None:
         """The one place where a generation ends. Nothing is appended after it."""
-        assert type in ENDINGS
         if self.ending is not None:
             return
         self._writer.close_parts()
@@ -178,9 +178,7 @@ class Producer(Generation):
         self.log.close()
         if self._abandon is not None:
             self._abandon.cancel()
-        if self.ask.room is not None and self._told:
-            told = {"stream_id": self.id, "user_id": self.owner, "content": self.text(), **data}
-            self.ask.room.keeper.conclude(self.ask.room, type, told)
+        self._tell_end()
         self._on_end(self)
 
     def _account(self, type: str, data: JSON) -> None:
@@ -232,9 +230,7 @@ class Producer(Generation):
             reasons = self._writer.finish_reasons
             data: JSON = {"finish_reason": reasons.get(0, "stop")}
             if len(reasons) > 1:
-                data["finish_reasons"] = {
-                    str(choice): reasons[choice] for choice in sorted(reasons)
-                }
+                data["finish_reasons"] = {str(n): reason for n, reason in sorted(reasons.items())}
             self._end("finished", data)
 
     async def _answer(self) -> None:
@@ -286,17 +282,17 @@ class Producer(Generation):
                     later = writer.spoken
                     writer.write(pieces)
                     del pieces
+                    now = loop.time()
+                    if writer.complete:
+                        deadline.reschedule(min(now + FINISH_GRACE, last))
                     if not writer.spoken:
                         continue
-                    now = loop.time()
                     if not later:
                         self._first(now - self._began)
                     elif not writer.complete:
                         self._metrics.token_gap.observe(now - before)
                     before = now
-                    if writer.complete:
-                        deadline.reschedule(min(now + FINISH_GRACE, last))
-                    elif now > extended:
+                    if now > extended and not writer.complete:
                         # Moving a timer costs more than a token: move it a tenth at a time.
                         extended = now + cfg.idle_timeout * 0.1
                         deadline.reschedule(min(now + cfg.idle_timeout * 1.1, last))
@@ -309,7 +305,7 @@ class Producer(Generation):
         except UpstreamError:
             if not writer.complete:
                 raise
-        if not writer.complete:
+        if not writer.whole:
             raise UpstreamError("upstream_cut", "the model's answer ended without a finish reason")
 
     def _out_of_time(self) -> UpstreamError:
@@ -328,8 +324,3 @@ class Producer(Generation):
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-
-
-def _choices(call: ModelCall) -> int:
-    choices = call.params.get("n")
-    return choices if isinstance(choices, int) and choices > 0 else 1

@@ -65,7 +65,6 @@ class RedisRooms(Keeper):
     link: is up while Redis is heard. me: this instance's name. prefix: of all keys.
     """
 
-    immediate = False
     keeps = True
 
     def __init__(

@@ -30,7 +30,6 @@ class Keeper:
     bridge between instances, or a file, takes its place.
     """
 
-    immediate = True  # `publish` returns in the turn of the loop in which it is called
     keeps = False  # it may know rooms that are not held in this process
 
     async def open(self, room: Room) -> None:

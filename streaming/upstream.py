@@ -83,21 +83,20 @@ class OpenAIUpstream:
         source = _Body(response)
         decoder = ChunkDecoder()
         try:
-            while data := await source.read():
-                pieces = decoder.feed(data)
+            ended = False
+            while not (ended or decoder.done):
+                data = await source.read()
+                ended = not data
+                pieces = decoder.eof() if ended else decoder.feed(data)
                 del data  # up to 64 KiB, while the consumer takes its time
                 if pieces:
                     yield pieces
                 del pieces
                 if decoder.failure is not None:
                     raise decoder.failure
-                if decoder.done:
-                    break
-            else:
-                if pieces := decoder.eof():
-                    yield pieces
-                if decoder.failure is not None:
-                    raise decoder.failure
+            if not decoder.finished:
+                ended_early = "the model's answer ended without a finish reason"
+                raise UpstreamError("upstream_cut", ended_early)
         except aiohttp.ClientError as error:
             raise UpstreamError("upstream_cut", "the model's connection was cut") from error
         finally:

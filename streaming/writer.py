@@ -70,6 +70,14 @@ class Writer:
         """Whether the model has said that it is done, so that only usage may still come."""
         return len(self.finish_reasons) >= self._choices
 
+    @property
+    def whole(self) -> bool:
+        """Whether the answer may end here: every choice that the model began is done. Many
+        upstreams, and the demo model, give one however many are asked for.
+        """
+        begun = {*self._speech, *(choice for choice, _ in self._tools)}
+        return bool(self.finish_reasons) and begun <= self.finish_reasons.keys()
+
     def write(self, pieces: Iterable[Piece]) -> None:
         """Appends what these pieces mean. Raises UpstreamError: too_long."""
         for piece in pieces:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.clients import Kind, Seen, named, see, status, stop
-from tests.endpoints import Endpoint, asking, resuming
+from tests.endpoints import ENDPOINTS, Endpoint, asking, resuming
 from tests.processes import Server, UpstreamProcess
 from tests.readers import Message, Sse
 from tests.upstream import expected
@@ -282,3 +282,22 @@ async def test_a_refused_question(server: Callable[..., Server], upstream: Upstr
         async with ann.asking("three?", "up:", **fields) as answer:
             assert answer.status == refusal
     assert await ann.context("four?") == [said("one?"), said("four?")]
+
+
+async def test_who_may_have_no_more_streams(
+    server: Callable[..., Server], upstream: UpstreamProcess
+) -> None:
+    """They are refused before anything is begun: nothing is said, and no model is asked."""
+    config = {"model": {"name": "up:", "base_url": upstream.base}}
+    process = server(**config, limits={"connections_per_user": 1})
+    ann, model = Talk(process, upstream, "c"), named("tokens=5")
+    async with ann.asking("one?", named("delay=60")) as running:
+        for endpoint in ENDPOINTS:
+            async with asking(process.url, endpoint, model=model, headers=ann.headers) as answer:
+                assert answer.status == 429
+                assert (await answer.json())["error"]["code"] == "too_many_connections"
+        async with ann.asking("two?", model) as answer:
+            assert answer.status == 429
+        await stop(ann.url, running.headers["x-stream-id"], **ann.headers)
+    assert await ann.context("three?") == [said("one?"), said("three?")]
+    assert upstream.log(model) == []

@@ -93,7 +93,6 @@ UPSTREAM = {
     "upstream_cut": (502, True),
     "upstream_invalid": (502, True),
     "too_long": (502, False),
-    "overloaded": (503, False),
 }
 
 

@@ -271,6 +271,16 @@ async def test_a_whole_answer_is_whole(server: StartServer, upstream: UpstreamPr
         assert seen.ended == "end"
 
 
+async def test_an_empty_answer_is_whole(server: StartServer, upstream: UpstreamProcess) -> None:
+    """Also one without a word: nothing more than its count of tokens is waited for."""
+    config = {"name": "m", "base_url": upstream.base}
+    url = server(model=config, generation={"first_token_timeout": 30.0}).url
+    begun = time.monotonic()
+    seen = await start(url, Kind("chat"), named("tokens=0,stall_end"))
+    assert (seen.ending, seen.text) == ("finished", "")
+    assert time.monotonic() - begun < 15
+
+
 @pytest.mark.parametrize("words", ["delay=1,first_error", "status=429,headers_delay=1"])
 async def test_after_the_status_is_out(
     server: StartServer, upstream: UpstreamProcess, words: str

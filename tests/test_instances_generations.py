@@ -74,6 +74,14 @@ async def test_it_is_read_elsewhere(trio: Instances, dialect: str) -> None:
     assert first.items == second.items
 
 
+@pytest.mark.parametrize("framing", ["sse", "text"])
+async def test_an_answer_that_does_not_linger(trio: Instances, framing: str) -> None:
+    """Redis is asked before it begins; whoever asked is there in time to read it."""
+    model = named("tokens=20,rate=100")
+    seen = await start(trio.a, Kind("openai", framing), model)
+    assert (seen.text, seen.ended) == (expected(model, PROMPT), "end")
+
+
 async def test_a_failure_is_read_elsewhere(trio: Instances) -> None:
     """With the same code; and again after its end."""
     stream_id = await begin(trio.a, named("tokens=20,rate=100,end_clean=10"))

@@ -13,12 +13,25 @@ from typing import Any
 import pytest
 
 from tests.bridged import LEASE, Day, Instances, here, kill, messages, tells
-from tests.clients import PROMPT, Kind, asked, attach, attached, named, once, see, status, stop
+from tests.clients import (
+    PROMPT,
+    Kind,
+    asked,
+    attach,
+    attached,
+    body_of,
+    named,
+    once,
+    see,
+    status,
+    stop,
+)
 from tests.endpoints import url_of
 from tests.people import following, joined, new_room, publish
 from tests.processes import UpstreamProcess
-from tests.readers import Ndjson, Sse, ask
+from tests.readers import Ndjson, Sse, ask, connect
 from tests.redis_server import RedisServer
+from tests.scrape import moved, scrape
 from tests.upstream import expected
 
 CHAT, NATIVE, TEXT = Kind("chat"), Kind("native", "ndjson"), Kind("content", "text")
@@ -76,6 +89,30 @@ async def test_the_maker_of_an_answer_is_killed(
         async with following(url, room) as dan:
             assert (await dan.next())["active"] == []
         assert await messages(url, room) == ["go", chat.text]
+
+
+async def test_who_asked_goes_while_redis_is_silent(
+    redis_server: StartRedis, instances: StartInstances
+) -> None:
+    """Nobody ever reads what is started for them then: it is cancelled like anything else that
+    nobody reads.
+    """
+    redis = redis_server()
+    one = await instances(redis.url, 1, redis={"url": redis.url, "lease": 30.0})
+    path = "/v1/chat/completions"
+    before = await scrape(one.a)
+    redis.freeze()
+    try:
+        async with connect(one.a) as connection:
+            body = body_of(path, model=named(LONG), stream=True)
+            asking = asyncio.create_task(connection.request("POST", path, json_body=body))
+            await moved(one.a, before, {"rivulet_generations_running": 1.0})
+            asking.cancel()
+        gone = f'rivulet_requests_total{{route="{path}",status="499"}}'
+        await moved(one.a, before, {gone: 1.0})
+    finally:
+        redis.thaw()
+    await moved(one.a, before, {'rivulet_generations_total{ending="cancelled"}': 1.0})
 
 
 async def test_nobody_else_read_what_a_killed_instance_made(

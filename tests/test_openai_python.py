@@ -171,6 +171,15 @@ async def test_several_choices(client: Client) -> None:
     assert sorted(reasons(chunks)) == [(0, "stop"), (1, "stop")]
 
 
+async def test_one_choice_of_several(demo: Client) -> None:
+    """A model that gives one answer, whatever `n` says, has given a whole one."""
+    model = "demo:rate=0,tokens=20,tool=1"
+    completion, chunks = await whole(demo, model, n=3), await stream(demo, model, n=3)
+    (choice,) = completion.choices
+    assert choice.message.content == said(chunks)
+    assert [choice.finish_reason] == [reason for _, reason in reasons(chunks)] == ["tool_calls"]
+
+
 async def test_log_probabilities(client: Client) -> None:
     """Each token's comes once and in order, beside the text that it belongs to."""
     chunks = await stream(client, "up:tokens=20,logprobs", logprobs=True)

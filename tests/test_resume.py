@@ -253,11 +253,14 @@ async def test_what_cannot_be_resumed(relay_server: Server) -> None:
 
 
 async def test_a_position_of_another_stream(relay_server: Server) -> None:
-    """A stream's own address takes no position of another stream, also of the same user's."""
+    """A stream's own address takes no position of another stream, also of the same user's; that of
+    a stream which is gone, or never was, takes none.
+    """
     one, other = await ended(relay_server.url), await ended(relay_server.url)
-    path = f"/api/v1/streams/{one.stream_id}/events"
-    async with ask("GET", url_of(relay_server.url, path, last_event_id=other.middle)) as answer:
-        assert (answer.status, (await answer.json())["error"]["code"]) == (410, "gone")
+    for id, position in ((one.stream_id, other.middle), ("0" * 32, "0" * 32 + "-3")):
+        path = f"/api/v1/streams/{id}/events"
+        async with ask("GET", url_of(relay_server.url, path, last_event_id=position)) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (410, "gone")
 
 
 async def test_an_expired_position(

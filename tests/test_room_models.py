@@ -9,6 +9,14 @@ from typing import Any
 
 import pytest
 
+from streaming import config
+from streaming.demo import DemoModel
+from streaming.generation import Ask
+from streaming.generations import Generations
+from streaming.limits import Limits
+from streaming.metrics import Metrics
+from streaming.models import ModelCall, Models
+from streaming.room import Keeper, Room
 from tests.behaviour import expected
 from tests.clients import named, once, status
 from tests.conftest import StartServer
@@ -331,3 +339,39 @@ async def test_nobody_left_cancels_even_where_others_publish(
     while (await status(url, stream_id))["state"] == "running":
         assert (await publish(url, "a", {"content": "Hi"}))[0] == 201
         await asyncio.sleep(0.02)
+
+
+class LateKeeper(Keeper):
+    """Others have heard what is published before whoever publishes it knows."""
+
+    def __init__(self) -> None:
+        self.heard, self.known = asyncio.Event(), asyncio.Event()
+
+    async def publish(self, room: Room, events: Any, key: tuple[str, str]) -> list[str]:
+        ids = room.add(events, key)
+        self.heard.set()
+        await self.known.wait()
+        return ids
+
+
+async def test_who_hears_of_the_start_sooner_may_stop_it() -> None:
+    """Sooner than the instance that makes it knows: its room is told of the end all the same, and
+    no model is asked.
+    """
+    keeper = LateKeeper()
+    room = Room("a", config.Rooms(), 10, keeper)
+    models, limits = Models("demo", DemoModel(), {}), Limits(config.Limits())
+    generations = Generations(config.Generation(), models, None, Metrics(), limits)
+    ask = Ask(ModelCall("demo", [{"role": "user", "content": "Hi"}]), "ann", 60.0, room=room)
+    starting = asyncio.create_task(generations.start(ask))
+    await keeper.heard.wait()
+    (stream_id,) = room.running
+    (generation,) = [generations.held_here(stream_id)]
+    assert generation is not None
+    generation.stop()
+    keeper.known.set()
+    assert await starting is generation
+    assert not room.running
+    assert [event.type for event in room.log.read(0)] == ["started", "cancelled"]
+    assert generation.text() == ""
+    await generations.close()

@@ -313,3 +313,14 @@ def test_an_answer_can_be_too_long(piece: Piece) -> None:
     each, log = writer(max_bytes=2000)
     each.write([piece] * 8)
     assert log.size < 2000
+
+
+def test_an_answer_may_end_where_each_choice_that_began_is_done() -> None:
+    """Also where fewer came than were asked for; not in the midst of one."""
+    each, _ = writer(choices=3)
+    assert not each.whole
+    each.write([Piece("text", "A"), Piece("tool_call", "{}", choice=1), Piece("finish", "stop")])
+    assert not each.whole
+    each.write([Piece("finish", "tool_calls", choice=1)])
+    assert each.whole
+    assert not each.complete
