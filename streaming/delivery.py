@@ -304,14 +304,14 @@ class Sink:
 
     def read(self) -> bytes:
         """One bounded read of every cursor, encoded. Raises FellBehind."""
-        merge, metrics = self.encoder.dialect.merge, self.delivery.metrics
-        said: list[bytes] = []
-        for cursor in list(self.cursors.values()):
-            events = cursor.read(merge=merge, limit=READ_LIMIT)
-            said.append(self.encoder.encode(events))
-            metrics.encoded += len(events)
-            metrics.deliveries += len(events)
-        return b"".join(said)
+        return b"".join([self.told(cursor) for cursor in self.cursors.values()])
+
+    def told(self, cursor: Place) -> bytes:
+        """One bounded read of this cursor, encoded. Raises FellBehind."""
+        events = cursor.read(merge=self.encoder.dialect.merge, limit=READ_LIMIT)
+        self.delivery.metrics.encoded += len(events)
+        self.delivery.metrics.deliveries += len(events)
+        return self.encoder.encode(events)
 
     @property
     def behind(self) -> bool:

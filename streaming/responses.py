@@ -62,9 +62,11 @@ class ResponseSink(Sink):
         returns or raises, or is cancelled, the sink is in no feed and nothing is written to it.
         """
         self.delivery.enter(self)
-        lagged = False
+        missed = False  # comings and goings, which are told to who is live
         try:
             while True:
+                missed |= self.protocol.writing_paused
+                await self.drained()
                 if self._over is not None:
                     raise self._over
                 if self.transport.is_closing():
@@ -73,23 +75,23 @@ class ResponseSink(Sink):
                 (cursor,) = self.cursors.values()
                 if cursor.ended:
                     return data
-                if lagged and not cursor.behind:
-                    data += self.encoder.encode(cursor.rejoined())
-                    lagged = False
                 self.write(data)
                 del data  # up to 256 KiB, while it is parked
-                await self.drained()
-                if self.behind:
+                if cursor.behind:
+                    missed = True
                     await asyncio.sleep(0)  # a long way to catch up: others get their turn
-                else:
-                    lagged = await self._parked_live()
+                elif not self.protocol.writing_paused:
+                    if missed:
+                        self.write(self.encoder.encode(cursor.rejoined()))
+                        missed = False
+                    await self._parked_live()
         finally:
             self.delivery.leave(self)
             if self._leaving is not None:
                 self._leaving.cancel()
 
-    async def _parked_live(self) -> bool:
-        """Stays live until it is put out; whether its socket was the reason."""
+    async def _parked_live(self) -> None:
+        """Stays live until it is put out."""
         self._parked = asyncio.get_running_loop().create_future()
         self.join()
         try:
@@ -97,9 +99,6 @@ class ResponseSink(Sink):
         finally:
             self._parked = None
             self.leave()
-        lagged = self.protocol.writing_paused
-        await self.drained()
-        return lagged
 
     def lag(self) -> None:
         """See Sink.lag: `follow` goes on."""

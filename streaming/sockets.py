@@ -106,14 +106,19 @@ class SocketSink(Sink):
                 self.delivery.feed(cursor).add(self)
 
     def follow(self, cursor: Place) -> None:
-        """Reads what this cursor reads, too, from now on."""
+        """Reads what this cursor reads, too, from now on; the others, a thousand perhaps, stay live
+        where its socket takes at once what this one is behind.
+        """
         self.unfollow(cursor.source)
+        while cursor.behind and not self.protocol.writing_paused:
+            self.write(self.told(cursor))
+        if cursor.behind or cursor.ended:
+            self.leave()  # while all that it has are in their feeds
         self.cursors[cursor.source] = cursor
-        if not self.live or cursor.behind or cursor.ended or self.protocol.writing_paused:
-            self.leave()
-            self._advance()
+        if self.live:
+            self.enter(cursor)
         else:
-            self.enter(cursor)  # and leaves the others, a thousand perhaps, as they are
+            self._advance()
 
     def unfollow(self, source: Hashable) -> None:
         """Stops reading this source."""
@@ -121,37 +126,38 @@ class SocketSink(Sink):
         if cursor is not None and self.live:
             self.delivery.feed(cursor).remove(self)
 
-    def _advance(self) -> None:
-        """Goes live where it can at once; else catches up in a task."""
+    def _advance(self, missed: bool = False) -> None:
+        """Reads on as far as its socket takes it, and goes live; where it takes no more, waits for
+        it in a task. missed: comings and goings were told meanwhile.
+        """
         if self._catching_up is not None or self._closing is not None:
+            return
+        try:
+            while self.behind and not self.protocol.writing_paused:
+                self.write(self.read())
+        except FellBehind:
+            self.close(TOO_SLOW, "too slow: come back and resume")
+            return
+        if self.protocol.writing_paused:
+            self._catching_up = asyncio.create_task(self._catch_up())
             return
         for source, cursor in list(self.cursors.items()):
             if cursor.ended:
                 del self.cursors[source]
-        if not self.behind and not self.protocol.writing_paused:
-            self.join()
-        else:
-            self._catching_up = asyncio.create_task(self._catch_up())
+            elif missed:
+                self.write(self.encoder.encode(cursor.rejoined()))
+        self.join()  # whether or not its socket takes the last of that at once
 
     async def _catch_up(self) -> None:
-        lagged = self.protocol.writing_paused
         try:
-            while True:
-                await self.drained()
-                if not self.behind:
-                    break
-                self.write(self.read())
-            if lagged:
-                for cursor in self.cursors.values():
-                    self.write(self.encoder.encode(cursor.rejoined()))
-        except (TooSlow, FellBehind):
+            await self.drained()
+        except TooSlow:
             self.close(TOO_SLOW, "too slow: come back and resume")
-            return
         except ConnectionError:
-            return  # connection_lost is told
-        finally:
+            pass  # connection_lost is told
+        else:
             self._catching_up = None
-        self._advance()
+            self._advance(missed=True)
 
     def lag(self) -> None:
         """See Sink.lag."""

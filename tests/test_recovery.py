@@ -88,7 +88,7 @@ async def test_the_id_of_joined_is_a_position_too(demo_server: Server, transport
 
 
 async def test_join_on_a_socket_takes_a_position(demo_server: Server) -> None:
-    """For each room its own."""
+    """For each room its own; what comes later comes once, whatever else the socket follows."""
     rooms = [new_room() for _ in range(3)]
     ids = [await fill(demo_server.url, room, 5) for room in rooms]
     async with on_socket(demo_server.url) as ann:
@@ -98,6 +98,10 @@ async def test_join_on_a_socket_takes_a_position(demo_server: Server) -> None:
             missed = 4 - number
             heard = [await ann.hear("message", room=room) for _ in range(missed)]
             assert [frame["id"] for frame in heard] == ids[number][number + 1 :]
+        for room in rooms:
+            await publish(demo_server.url, room, {"content": f"new in {room}"})
+        heard = [frame for frame in await ann.so_far() if frame["type"] == "message"]
+        assert [frame["content"] for frame in heard] == [f"new in {room}" for room in rooms]
 
 
 # --- gaps ---------------------------------------------------------------------------------------
