@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 
+from tests.clients import MEDIA
 from tests.conftest import SOAK, StartServer
-from tests.people import JSON, TRANSPORTS, following, joined, new_room, on_socket, publish
+from tests.people import JSON, TRANSPORTS, Stream, following, joined, new_room, on_socket, publish
 from tests.processes import Server, until
+from tests.raw_socket import dialled
+from tests.readers import Ndjson, Sse, ask
 
 SEED = os.environ.get("SEED") or secrets.token_hex(4)
 CUTS = 10_000 if SOAK else 300  # in each of the two runs of random cuts
@@ -139,6 +142,18 @@ async def test_a_position_that_cannot_be_honoured(
         assert [message["id"] for message in told["messages"]] == ids
         await publish(demo_server.url, room, {"content": "new"})
         assert (await ann.next())["content"] == "new"
+
+
+async def test_a_position_that_is_no_text(demo_server: Server) -> None:
+    """Bytes of a header that are not UTF-8 are a position as wrong as any other."""
+    bad, path = {"Last-Event-ID": "a\udcff-1"}, f"{demo_server.url}/api/v1/rooms/x/events"
+    for transport in ("sse", "ndjson"):
+        async with ask("GET", path, headers={"Accept": MEDIA[transport], **bad}) as answer:
+            told = await Stream(answer, Sse() if transport == "sse" else Ndjson()).next()
+            assert (told["type"], told["requested"]) == ("gap", "a?-1")
+    async with dialled(demo_server.url, "/ws/x", headers=bad) as socket:
+        assert (await socket.hear("gap"))["requested"] == "a?-1"
+        await socket.hear("joined")
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
