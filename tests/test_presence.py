@@ -9,6 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from streaming import config
+from streaming.delivery import Delivery
+from streaming.presence import Presence
+from streaming.room import Keeper, Room
+from streaming.rooms import Rooms
 from tests.conftest import SOAK
 from tests.people import (
     TRANSPORTS,
@@ -21,7 +26,7 @@ from tests.people import (
     on_socket,
     request,
 )
-from tests.processes import Server
+from tests.processes import Server, until
 
 GRACE = 0.5
 
@@ -174,3 +179,29 @@ async def test_presence_is_exact_after_crashes(quick: Server) -> None:
             here ^= {user}
         assert here == {"ann", *stayers}
     await empty(quick.url, room)
+
+
+async def test_who_left_a_deleted_room_may_be_in_a_new_one_of_its_name() -> None:
+    """Its end is not told to other instances as a going: they know rooms by their names."""
+    told: list[str] = []
+
+    class Others(Keeper):
+        def entered(self, room: Room, user: str) -> None:
+            told.append("in")
+
+        def left(self, room: Room, user: str) -> None:
+            told.append("out")
+
+    rooms = Rooms(config.Rooms(), config.History(), Others())
+    presence = Presence(Delivery(config.Delivery()), grace=0)
+    before = rooms.get("a")
+    presence.enter(before, "ann")
+    rooms.end("a", "moderator")
+    again = rooms.get("a")
+    presence.enter(again, "ann")
+    presence.leave(before, "ann")
+    await until(lambda: not before.people)
+    assert (told, again.members) == (["in", "in"], ["ann"])
+    presence.leave(again, "ann")
+    await until(lambda: not again.people)
+    assert told == ["in", "in", "out"]
