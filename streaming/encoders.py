@@ -48,6 +48,8 @@ def _ndjson(dialect: Dialect, events: Iterable[Event]) -> bytes:
         for item in dialect.say(event) or ():
             if item is DONE:
                 continue
+            if dialect.named == "event":  # in SSE it stands beside the object
+                item["type"] = event.type
             if dialect.ids in ("before", "after"):
                 item["id"] = str(event.id)
             out += (orjson.dumps(item), b"\n")
