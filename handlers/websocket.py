@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 
 from aiohttp import WSCloseCode, web
 
@@ -128,7 +128,7 @@ class Connection:
         if room is not before:
             self._app[PRESENCE].enter(room, self._user)
             self._rooms[room.name] = room
-            if before is not None:  # it was deleted
+            if before is not None:  # it was deleted, and its end is not told yet
                 self._app[PRESENCE].leave(before, self._user)
         cursor, opening = room.join(after)
         frames = [item for event in opening for item in self.sink.encoder.dialect.say(event) or ()]
@@ -137,6 +137,13 @@ class Connection:
         for frame in frames:
             self.sink.send(frame)
         self.sink.follow(cursor)
+
+    def ended(self, source: Hashable) -> None:
+        """A room has been deleted, and its end told."""
+        assert isinstance(source, Room)
+        if self._rooms.get(source.name) is source:
+            del self._rooms[source.name]
+            self._app[PRESENCE].leave(source, self._user)
 
     def gone(self, code: int, seconds: float) -> None:
         """The socket is closed; its handshake's line has the same request id, and its path."""
@@ -188,6 +195,8 @@ class Connection:
         """The room that a frame is about: one that this socket is in, where it may do that."""
         name = Fields(frame, self._limits).text("room", self.path or None, most=128)
         room = self._rooms.get(name)
+        if name == f"user:{self._user}" and self._user != "anonymous":
+            room = self._app[ROOMS].find(name)
         if room is None or room.log.closed:
             raise NotFound("join the room first", param="room")
         check_room(name, self._who, action)

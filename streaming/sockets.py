@@ -47,6 +47,7 @@ class Listener(Protocol):
     """Who hears what the client of a socket says."""
 
     async def take(self, said: str | bytes) -> None: ...
+    def ended(self, source: Hashable) -> None: ...
     def gone(self, code: int, seconds: float) -> None: ...
 
 
@@ -144,6 +145,8 @@ class SocketSink(Sink):
         for source, cursor in list(self.cursors.items()):
             if cursor.ended:
                 del self.cursors[source]
+                if self.listener is not None:
+                    self.listener.ended(source)
             elif missed:
                 self.write(self.encoder.encode(cursor.rejoined()))
         self.join()  # whether or not its socket takes the last of that at once
