@@ -14,7 +14,7 @@ from streaming.delivery import Delivery
 from streaming.presence import Presence
 from streaming.room import Keeper, Room
 from streaming.rooms import Rooms
-from tests.conftest import SOAK
+from tests.conftest import SOAK, StartServer
 from tests.people import (
     TRANSPORTS,
     Socket,
@@ -27,6 +27,7 @@ from tests.people import (
     request,
 )
 from tests.processes import Server, until
+from tests.readers import Refused
 
 GRACE = 0.5
 
@@ -179,6 +180,17 @@ async def test_presence_is_exact_after_crashes(quick: Server) -> None:
             here ^= {user}
         assert here == {"ann", *stayers}
     await empty(quick.url, room)
+
+
+async def test_who_is_refused_was_never_there(server: StartServer) -> None:
+    """A stream that is one too many is told so, and nobody in the room hears of it."""
+    url = server(limits={"connections_per_user": 1}, rooms={"grace": 0}).url
+    async with joined(url, "a", "ann") as ann, joined(url, "b", "bob"):
+        with pytest.raises(Refused):
+            async with following(url, "a", "sse", "bob"):
+                pass
+        async with joined(url, "a", "cid"):
+            assert comings([await ann.next()]) == [("user_joined", "cid")]
 
 
 async def test_who_left_a_deleted_room_may_be_in_a_new_one_of_its_name() -> None:
