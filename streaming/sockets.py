@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import random
 import zlib
 from collections.abc import Hashable
 from typing import Protocol
@@ -57,6 +56,8 @@ class SocketSink(Sink):
     One prebuilt frame serves every connection. What goes to one alone is not compressed.
     """
 
+    endless = True  # what runs in its rooms is there for it when it is back
+
     def __init__(
         self,
         delivery: Delivery,
@@ -70,7 +71,6 @@ class SocketSink(Sink):
         self._inbox = protocol.inbox
         self._listening: asyncio.Task[None] | None = None
         self._catching_up: asyncio.Task[None] | None = None
-        self._leaving: asyncio.Task[None] | None = None
         self._closing: asyncio.TimerHandle | None = None
         self._silent = 0  # half heartbeats in which nothing came of it
         self._left = 0  # bytes that it had not taken at the last of them
@@ -189,18 +189,8 @@ class SocketSink(Sink):
         self.send({"type": "error", **error.body()})
         self.close(4000 + error.status, error.code)
 
-    def leaving(self, window: float) -> asyncio.Task[None]:
-        """See Sink.leaving: what runs in its rooms is there for it when it is back."""
-        self._leaving = asyncio.create_task(self._leave(random.uniform(0, window)))
-        return self._leaving
-
     def drain(self, spread: float) -> None:
-        """See Sink.drain: at once, where it is still there."""
-        if self._leaving is None:
-            self.leaving(0)
-
-    async def _leave(self, wait: float) -> None:
-        await asyncio.sleep(wait)
+        """See Sink.drain: the code has no word for when."""
         self.close(WSCloseCode.SERVICE_RESTART, "restarting: come back")
 
     def wake(self) -> None:
@@ -258,7 +248,7 @@ class SocketSink(Sink):
         self.delivery.pings.drop(self)
         seconds = self.delivery.leave(self)
         self.delivery.sockets -= 1
-        for each in (self._listening, self._catching_up, self._leaving, self._closing):
+        for each in (self._listening, self._catching_up, self._closing):
             if each is not None:
                 each.cancel()
         if self.listener is not None:
