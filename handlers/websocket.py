@@ -131,12 +131,14 @@ class Connection:
             if before is not None:  # it was deleted, and its end is not told yet
                 self._app[PRESENCE].leave(before, self._user)
         cursor, opening = room.join(after)
-        frames = [item for event in opening for item in self.sink.encoder.dialect.say(event) or ()]
-        if ref is not None:
-            frames[-1]["ref"] = ref
-        for frame in frames:
+        told = [item for event in opening for item in self.sink.encoder.dialect.say(event) or ()]
+        for frame in told[:-1]:
             self.sink.send(frame)
+        self._reply(told[-1], ref)
         self.sink.follow(cursor)
+
+    def _reply(self, frame: JSON, ref: object) -> None:
+        self.sink.send(frame if ref is None else {**frame, "ref": ref})
 
     def ended(self, source: Hashable) -> None:
         """A room has been deleted, and its end told."""
@@ -182,7 +184,7 @@ class Connection:
             logger.exception("frame broke", extra={"request_id": self._request_id})
             reply = self._error(RivuletError("internal error"))
         if reply is not None:
-            self.sink.send(reply if ref is None else {**reply, "ref": ref})
+            self._reply(reply, ref)
 
     def _error(self, error: RivuletError) -> JSON:
         """The frame that this error means; with what is a header elsewhere."""
@@ -214,8 +216,7 @@ class Connection:
         if first:
             await self._entry.rename(who.user)
         self.sink.who = who
-        reply = {"type": "authenticated", "userId": who.user}
-        self.sink.send(reply if frame.get("ref") is None else {**reply, "ref": frame["ref"]})
+        self._reply({"type": "authenticated", "userId": who.user}, frame.get("ref"))
         if first:
             try:
                 self.begin(await self.open(who))
@@ -246,11 +247,12 @@ class Connection:
         return {"type": "left", "room": room.name}
 
     async def message(self, frame: JSON) -> JSON:
-        room, fields = self._room(frame, "publish"), dict(frame)
-        if fields.get("content") is None and "message" in fields:
-            fields["content"] = fields["message"]
-        key = Fields(frame, self._limits).text("idempotency_key", "", most=255)
-        data = said(Fields(fields, self._limits), self._user, "message")
+        room = self._room(frame, "publish")
+        if frame.get("content") is None:
+            frame["content"] = frame.get("message")
+        fields = Fields(frame, self._limits)
+        key = fields.text("idempotency_key", "", most=255)
+        data = said(fields, self._user, "message")
         (id,) = await room.publish([("message", data)], key=(self._user, key))
         return {"type": "ack", "id": id, "room": room.name}
 
