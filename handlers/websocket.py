@@ -228,7 +228,9 @@ class Connection:
 
     async def join(self, frame: JSON) -> None:
         fields = Fields(frame, self._limits)
-        after = fields.text("last_event_id", "", most=128) or None
+        after = None
+        if frame.get("last_event_id") != "":  # which is none, as in a query
+            after = fields.text("last_event_id", "", most=128) or None
         name = check_room(fields.text("room", most=128), self._who, "subscribe")
         if name not in self._rooms and len(self._rooms) >= ROOMS_MOST:
             raise InvalidField("room", f"a socket can be in {ROOMS_MOST} rooms")

@@ -107,6 +107,14 @@ async def test_join_on_a_socket_takes_a_position(demo_server: Server) -> None:
         assert [frame["content"] for frame in heard] == [f"new in {room}" for room in rooms]
 
 
+async def test_an_empty_position_is_none(demo_server: Server) -> None:
+    """As a client sends that has not had one yet, in a frame or in its query."""
+    async with on_socket(demo_server.url, "/ws/empty", last_event_id="") as ann:
+        assert (await ann.next())["type"] == "joined"
+        told = await ann.call("join", room=new_room(), last_event_id="")
+        assert (told["type"], told["recovered"]) == ("joined", False)
+
+
 # --- gaps ---------------------------------------------------------------------------------------
 
 BAD: dict[str, Callable[[list[str]], str]] = {
