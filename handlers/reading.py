@@ -212,8 +212,11 @@ class Fields:
 
 
 def last_event_id(request: web.Request) -> str | None:
-    """The position that this request resumes from, as it was sent; None on a first request."""
-    return request.headers.get("Last-Event-ID") or request.query.get("last_event_id") or None
+    """The position that this request resumes from, as it was sent but for bytes that are no text;
+    None on a first request.
+    """
+    sent = request.headers.get("Last-Event-ID") or request.query.get("last_event_id") or ""
+    return sent.encode(errors="replace").decode() or None
 
 
 def idempotency_key(request: web.Request) -> str:

@@ -152,7 +152,10 @@ SCHEMAS: dict[str, JSON] = {
         idempotency_key=STRING, typing={"type": "boolean"}, message=STRING, messages=MESSAGES,
         model=MODEL, stream_id=STRING, before=POSITION, limit=COUNT,
     ),
-    "ChannelEvent": {"type": "object", "description": "`connected` first; `event` is its name."},
+    "ChannelEvent": {
+        "type": "object",
+        "description": "`connected` first; `event` is its name, in NDJSON `type`.",
+    },
     "Status": record(
         "stream_id", "state", "position", "model", "started",
         stream_id=STRING, state=one_of("running", "finished", "failed", "cancelled"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Hashable, Mapping
 
 from aiohttp import WSCloseCode, web
 
@@ -128,15 +128,24 @@ class Connection:
         if room is not before:
             self._app[PRESENCE].enter(room, self._user)
             self._rooms[room.name] = room
-            if before is not None:  # it was deleted
+            if before is not None:  # it was deleted, and its end is not told yet
                 self._app[PRESENCE].leave(before, self._user)
         cursor, opening = room.join(after)
-        frames = [item for event in opening for item in self.sink.encoder.dialect.say(event) or ()]
-        if ref is not None:
-            frames[-1]["ref"] = ref
-        for frame in frames:
+        told = [item for event in opening for item in self.sink.encoder.dialect.say(event) or ()]
+        for frame in told[:-1]:
             self.sink.send(frame)
+        self._reply(told[-1], ref)
         self.sink.follow(cursor)
+
+    def _reply(self, frame: JSON, ref: object) -> None:
+        self.sink.send(frame if ref is None else {**frame, "ref": ref})
+
+    def ended(self, source: Hashable) -> None:
+        """A room has been deleted, and its end told."""
+        assert isinstance(source, Room)
+        if self._rooms.get(source.name) is source:
+            del self._rooms[source.name]
+            self._app[PRESENCE].leave(source, self._user)
 
     def gone(self, code: int, seconds: float) -> None:
         """The socket is closed; its handshake's line has the same request id, and its path."""
@@ -175,7 +184,7 @@ class Connection:
             logger.exception("frame broke", extra={"request_id": self._request_id})
             reply = self._error(RivuletError("internal error"))
         if reply is not None:
-            self.sink.send(reply if ref is None else {**reply, "ref": ref})
+            self._reply(reply, ref)
 
     def _error(self, error: RivuletError) -> JSON:
         """The frame that this error means; with what is a header elsewhere."""
@@ -188,6 +197,8 @@ class Connection:
         """The room that a frame is about: one that this socket is in, where it may do that."""
         name = Fields(frame, self._limits).text("room", self.path or None, most=128)
         room = self._rooms.get(name)
+        if name == f"user:{self._user}" and self._user != "anonymous":
+            room = self._app[ROOMS].find(name)
         if room is None or room.log.closed:
             raise NotFound("join the room first", param="room")
         check_room(name, self._who, action)
@@ -205,8 +216,7 @@ class Connection:
         if first:
             await self._entry.rename(who.user)
         self.sink.who = who
-        reply = {"type": "authenticated", "userId": who.user}
-        self.sink.send(reply if frame.get("ref") is None else {**reply, "ref": frame["ref"]})
+        self._reply({"type": "authenticated", "userId": who.user}, frame.get("ref"))
         if first:
             try:
                 self.begin(await self.open(who))
@@ -218,7 +228,9 @@ class Connection:
 
     async def join(self, frame: JSON) -> None:
         fields = Fields(frame, self._limits)
-        after = fields.text("last_event_id", "", most=128) or None
+        after = None
+        if frame.get("last_event_id") != "":  # which is none, as in a query
+            after = fields.text("last_event_id", "", most=128) or None
         name = check_room(fields.text("room", most=128), self._who, "subscribe")
         if name not in self._rooms and len(self._rooms) >= ROOMS_MOST:
             raise InvalidField("room", f"a socket can be in {ROOMS_MOST} rooms")
@@ -237,11 +249,12 @@ class Connection:
         return {"type": "left", "room": room.name}
 
     async def message(self, frame: JSON) -> JSON:
-        room, fields = self._room(frame, "publish"), dict(frame)
-        if fields.get("content") is None and "message" in fields:
-            fields["content"] = fields["message"]
-        key = Fields(frame, self._limits).text("idempotency_key", "", most=255)
-        data = said(Fields(fields, self._limits), self._user, "message")
+        room = self._room(frame, "publish")
+        if frame.get("content") is None:
+            frame["content"] = frame.get("message")
+        fields = Fields(frame, self._limits)
+        key = fields.text("idempotency_key", "", most=255)
+        data = said(fields, self._user, "message")
         (id,) = await room.publish([("message", data)], key=(self._user, key))
         return {"type": "ack", "id": id, "room": room.name}
 

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import fcntl
 import os
+import random
 import socket
 import sys
 import termios
@@ -52,6 +53,7 @@ class Delivery:
         self.pings = Wheel(config.heartbeat / 2)  # of sockets
         self._sinks: dict[Sink, float] = {}  # and when it began
         self.sockets = 0  # of them: WebSockets, whose connections aiohttp does not have
+        self._ending: dict[Sink, asyncio.Task[None]] = {}  # those that a drain ends
         self._idle = asyncio.Event()  # no sink is there
         self._feeds: dict[Hashable, Feed] = {}
 
@@ -68,6 +70,8 @@ class Delivery:
         """A connection is over; the seconds that it has lasted."""
         seconds = time.monotonic() - self._sinks.pop(sink)
         self.metrics.connection_seconds[sink.encoder.framing.name].observe(seconds)
+        if (ending := self._ending.pop(sink, None)) is not None:
+            ending.cancel()
         if not self._sinks:
             self._idle.set()
         return seconds
@@ -94,9 +98,12 @@ class Delivery:
 
     async def drain(self, window: float) -> None:
         """Ends the connections that do not wait for an end, spread over `window` seconds."""
-        leaving = [task for sink in list(self._sinks) if (task := sink.leaving(window))]
-        if leaving:
-            await asyncio.wait(leaving, timeout=window)
+        for sink in self._sinks:
+            if sink.endless:
+                ending = _end(sink, random.uniform(0, window))
+                self._ending[sink] = asyncio.create_task(ending)
+        if self._ending:
+            await asyncio.wait(list(self._ending.values()), timeout=window)
 
     async def close(self, retry: float, patience: float) -> None:
         """Cuts every connection that is not at its end, so that its client comes back after up to
@@ -110,6 +117,11 @@ class Delivery:
                     await self._idle.wait()
         self.silence.stop()
         self.pings.stop()
+
+
+async def _end(sink: Sink, wait: float) -> None:
+    await asyncio.sleep(wait)
+    sink.drain(0)
 
 
 class Feed:
@@ -259,10 +271,11 @@ class Sink:
     """A connection that follows what its cursors read, in one encoding.
 
     It is live (in the feeds) or catching up. chunked: its bytes go out in HTTP/1.1's chunks. who:
-    reads it, as long as that identity holds.
+    reads it, as long as that identity holds. endless: it waits for no end of what it reads.
     """
 
     who: Identity | None = None
+    endless = False
 
     def __init__(
         self,
@@ -304,14 +317,14 @@ class Sink:
 
     def read(self) -> bytes:
         """One bounded read of every cursor, encoded. Raises FellBehind."""
-        merge, metrics = self.encoder.dialect.merge, self.delivery.metrics
-        said: list[bytes] = []
-        for cursor in list(self.cursors.values()):
-            events = cursor.read(merge=merge, limit=READ_LIMIT)
-            said.append(self.encoder.encode(events))
-            metrics.encoded += len(events)
-            metrics.deliveries += len(events)
-        return b"".join(said)
+        return b"".join([self.told(cursor) for cursor in self.cursors.values()])
+
+    def told(self, cursor: Place) -> bytes:
+        """One bounded read of this cursor, encoded. Raises FellBehind."""
+        events = cursor.read(merge=self.encoder.dialect.merge, limit=READ_LIMIT)
+        self.delivery.metrics.encoded += len(events)
+        self.delivery.metrics.deliveries += len(events)
+        return self.encoder.encode(events)
 
     @property
     def behind(self) -> bool:
@@ -354,12 +367,6 @@ class Sink:
     def expel(self, error: RivuletError) -> None:
         """Its client's identity holds no more, or somebody wants it gone: tells it so, and ends."""
         raise NotImplementedError
-
-    def leaving(self, window: float) -> asyncio.Task[None] | None:
-        """The server goes away in `window` seconds. A connection that does not wait for an end ends
-        at some time before that, in this task.
-        """
-        return None
 
     async def drained(self) -> None:
         """Waits until the socket has taken enough of what was written.

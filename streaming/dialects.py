@@ -77,12 +77,10 @@ def _chat(event: Event) -> list[JSON] | None:
                 case "image":
                     fields |= {"contentType": "image", "data": {"imageUrl": data["image_url"]}}
             return say("chunk", data["content"], **fields)
-        case "finished":
-            metadata = {"model": origin["model"], "finish_reason": data["finish_reason"]}
-            return say("end", metadata=metadata | {"usage": data["usage"]})
-        case "cancelled":
-            metadata = {"model": origin["model"], "finish_reason": "cancelled"}
-            return say("end", metadata=metadata | {"usage": data["usage"]})
+        case "finished" | "cancelled":
+            reason = data.get("finish_reason", "cancelled")
+            metadata = {"model": origin["model"], "finish_reason": reason, "usage": data["usage"]}
+            return say("end", metadata=metadata)
         case "failed":
             error = data["error"]
             return say("error", error["message"], metadata={"code": error["code"]})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import orjson
 
@@ -48,6 +48,8 @@ def _ndjson(dialect: Dialect, events: Iterable[Event]) -> bytes:
         for item in dialect.say(event) or ():
             if item is DONE:
                 continue
+            if dialect.named == "event":  # in SSE it stands beside the object
+                item["type"] = event.type
             if dialect.ids in ("before", "after"):
                 item["id"] = str(event.id)
             out += (orjson.dumps(item), b"\n")
@@ -75,14 +77,9 @@ def deflated_frame(payload: bytes) -> bytes:
     return text_frame(deflated, b"\xc1")
 
 
-def _websocket(dialect: Dialect, events: Iterable[Event]) -> bytes:
+def _websocket(frame: Callable[[bytes], bytes], dialect: Dialect, events: Iterable[Event]) -> bytes:
     items = (item for event in events for item in dialect.say(event) or ())
-    return b"".join([text_frame(orjson.dumps(item)) for item in items])
-
-
-def _deflated(dialect: Dialect, events: Iterable[Event]) -> bytes:
-    items = (item for event in events for item in dialect.say(event) or ())
-    return b"".join([deflated_frame(orjson.dumps(item)) for item in items])
+    return b"".join([frame(orjson.dumps(item)) for item in items])
 
 
 def _ndjson_braces(dialect: Dialect, events: Iterable[Event]) -> bytes:
@@ -117,8 +114,8 @@ NDJSON = Framing("ndjson", "application/x-ndjson", _ndjson)
 NDJSON_BRACES = Framing("ndjson", "application/x-ndjson", _ndjson_braces)
 TEXT = Framing("text", "text/plain", _text, cuts=True)
 
-WEBSOCKET = Framing("websocket", "", _websocket)
-DEFLATED = Framing("websocket-deflated", "", _deflated)
+WEBSOCKET = Framing("websocket", "", partial(_websocket, text_frame))
+DEFLATED = Framing("websocket-deflated", "", partial(_websocket, deflated_frame))
 
 FRAMINGS = {f.name: f for f in (SSE, NDJSON, TEXT)}
 

@@ -15,7 +15,7 @@ import time
 from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import orjson
 
@@ -24,13 +24,6 @@ from streaming.events import Event, Position, new_epoch
 
 class FellBehind(Exception):
     """The events after this cursor have been trimmed away."""
-
-
-class Gap(NamedTuple):
-    """A position that could not be honoured, and where reading goes on instead."""
-
-    requested: str
-    resumed: Position
 
 
 class Run:
@@ -195,19 +188,6 @@ class Log:
             events.append(event)
             start = bound
         return run.first + stop - 1, limit - (ends[stop - 1] - begin) - 256
-
-    def cursor(self, after: str | None = None) -> tuple[Cursor, Gap | None]:
-        """A cursor after the position that `after` spells; without one, from now.
-
-        A position that is malformed, of another life, trimmed away or not yet written gives a
-        cursor from now and a Gap, which the reader must be told of.
-        """
-        if after is None:
-            return Cursor(self, self.top), None
-        position = Position.parse(after)
-        if position is not None and self.holds(position):
-            return Cursor(self, position.offset), None
-        return Cursor(self, self.top), Gap(after, self.position)
 
     def holds(self, position: Position) -> bool:
         """Whether everything after this position can be read from this log."""

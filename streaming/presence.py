@@ -44,6 +44,8 @@ class Presence:
 
     def _left(self, room: Room, user: str) -> None:
         del self._leaving[room, user], room.people[user]
+        if room.log.closed:
+            return  # it was deleted, and they may be in a new one of its name
         room.keeper.left(room, user)
         if not room.has(user):
             self._tell(room, "user_left", user)

@@ -47,7 +47,8 @@ class ResponseSink(Sink):
         self._opening = encoder.opening  # goes out with the first bytes
         self._parked: asyncio.Future[None] | None = None
         self._over: Draining | Expelled | None = None  # why it ends before its source does
-        self._leaving: asyncio.Task[None] | None = None
+        # Of a room, in NDJSON, which has no word for when to come back.
+        self.endless = encoder.dialect is ROOMS and not encoder.framing.comments
 
     def write(self, data: bytes) -> None:
         """See Sink.write; the first bytes have the encoding's opening before them."""
@@ -62,9 +63,11 @@ class ResponseSink(Sink):
         returns or raises, or is cancelled, the sink is in no feed and nothing is written to it.
         """
         self.delivery.enter(self)
-        lagged = False
+        missed = False  # comings and goings, which are told to who is live
         try:
             while True:
+                missed |= self.protocol.writing_paused
+                await self.drained()
                 if self._over is not None:
                     raise self._over
                 if self.transport.is_closing():
@@ -73,23 +76,21 @@ class ResponseSink(Sink):
                 (cursor,) = self.cursors.values()
                 if cursor.ended:
                     return data
-                if lagged and not cursor.behind:
-                    data += self.encoder.encode(cursor.rejoined())
-                    lagged = False
                 self.write(data)
                 del data  # up to 256 KiB, while it is parked
-                await self.drained()
-                if self.behind:
+                if cursor.behind:
+                    missed = True
                     await asyncio.sleep(0)  # a long way to catch up: others get their turn
-                else:
-                    lagged = await self._parked_live()
+                elif not self.protocol.writing_paused:
+                    if missed:
+                        self.write(self.encoder.encode(cursor.rejoined()))
+                        missed = False
+                    await self._parked_live()
         finally:
             self.delivery.leave(self)
-            if self._leaving is not None:
-                self._leaving.cancel()
 
-    async def _parked_live(self) -> bool:
-        """Stays live until it is put out; whether its socket was the reason."""
+    async def _parked_live(self) -> None:
+        """Stays live until it is put out."""
         self._parked = asyncio.get_running_loop().create_future()
         self.join()
         try:
@@ -97,9 +98,6 @@ class ResponseSink(Sink):
         finally:
             self._parked = None
             self.leave()
-        lagged = self.protocol.writing_paused
-        await self.drained()
-        return lagged
 
     def lag(self) -> None:
         """See Sink.lag: `follow` goes on."""
@@ -108,7 +106,8 @@ class ResponseSink(Sink):
 
     def drain(self, spread: float) -> None:
         """Says when to come back (HTML standard, 9.2.6: `retry:`), and ends `follow`."""
-        if all(cursor.closed for cursor in self.cursors.values()):
+        (cursor,) = self.cursors.values()
+        if cursor.closed:
             return  # its end is on the way
         if self.encoder.framing.comments:
             self.write(b"retry: %d\n\n" % (random.uniform(0, spread) * 1000))
@@ -120,17 +119,6 @@ class ResponseSink(Sink):
         self._over = Expelled(error)
         self.lag()
         asyncio.get_running_loop().call_later(PARTING, self.transport.abort)
-
-    def leaving(self, window: float) -> asyncio.Task[None] | None:
-        """See Sink.leaving: only of a room, in NDJSON, which has no word for when to come back."""
-        if self.encoder.dialect is not ROOMS or self.encoder.framing.comments:
-            return None
-        self._leaving = asyncio.create_task(self._leave(random.uniform(0, window)))
-        return self._leaving
-
-    async def _leave(self, wait: float) -> None:
-        await asyncio.sleep(wait)
-        self.drain(0)
 
     async def end(self, data: bytes) -> None:
         """Ends the body with these bytes, in one write. Raises as `drained`."""

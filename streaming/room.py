@@ -18,7 +18,7 @@ from streaming.config import Rooms as RoomsConfig
 from streaming.dialects import ENDINGS, is_text
 from streaming.errors import InvalidField
 from streaming.events import JSON, Event, Position
-from streaming.log import Cursor, FellBehind, Gap, Log, now_ms
+from streaming.log import Cursor, FellBehind, Log, now_ms
 from streaming.metrics import Metrics
 
 KEYS = 1000  # idempotency keys that a room remembers
@@ -133,7 +133,7 @@ class Room:
                 self.running[stream_id] = log
         elif type in ENDINGS:
             self.running.pop(data["stream_id"], None)
-        if type == "message" or (type in ENDINGS and data["content"]):
+        if _said(event):
             self.messages.append(event)
         self.used = time.monotonic()
         return event
@@ -176,13 +176,8 @@ class Room:
 
     def history(self, before: int, limit: int) -> list[Event]:
         """The last `limit` messages before offset `before` that are held, oldest first."""
-        said = [
-            event
-            for event in self.log.read(self.log.tail)
-            if event.id.offset < before
-            and (event.type == "message" or (event.type in ENDINGS and event.data["content"]))
-        ]
-        return said[-limit:]
+        held = self.log.read(self.log.tail)
+        return [each for each in held if each.id.offset < before and _said(each)][-limit:]
 
     def ephemeral(self, type: str, data: JSON) -> Event:
         """An event without a position, for whoever is connected now."""
@@ -200,26 +195,31 @@ class Room:
 
     def join(self, after: str | None) -> tuple[RoomCursor, list[Event]]:
         """A follower's cursor, and the events that bring it there: `joined` with all that it needs
-        to be current; before it `gap` where the position `after` cannot be honoured.
+        to be current; before it `gap` where the position `after` cannot be honoured: because it is
+        malformed, of another life, trimmed away or not yet written.
         """
-        cursor, gap = self.log.cursor(after)
-        self._metrics.gaps += gap is not None
-        self._metrics.recoveries += after is not None and gap is None
-        opening = [] if gap is None else [self._gap(gap)]
+        position, opening = self.log.position, []
+        asked = None if after is None else Position.parse(after)
+        if recovered := asked is not None and self.log.holds(asked):
+            position = asked
+        elif after is not None:
+            told = {"requested": after, "resumed": str(position)}
+            opening.append(self.ephemeral("gap", told))
+        self._metrics.gaps += len(opening)
+        self._metrics.recoveries += recovered
         active, places = [], {}
         for stream_id, log in self.running.items():
             places[stream_id] = Cursor(log, log.top)
             text = "".join(event.data["content"] for event in log.read(0) if is_text(event))
             active.append({"stream_id": stream_id, "seq": log.top, "content": text})
-        position = Position(self.log.epoch, cursor.offset)
         data = {
-            "recovered": after is not None and gap is None,
+            "recovered": recovered,
             "members": self.members,
-            "messages": self._last(cursor.offset),
+            "messages": self._last(position.offset),
             "active": active,
         }
         opening.append(Event("joined", data, position, now_ms(), self.log.origin))
-        return RoomCursor(self, self.log, cursor.offset, places), opening
+        return RoomCursor(self, self.log, position.offset, places), opening
 
     def _last(self, upto: int) -> list[Event]:
         """The last messages up to this offset, as many as go into a snapshot; at least one."""
@@ -235,8 +235,10 @@ class Room:
                 last.append(event)
         return last[::-1]
 
-    def _gap(self, gap: Gap) -> Event:
-        return self.ephemeral("gap", {"requested": gap.requested, "resumed": str(gap.resumed)})
+
+def _said(event: Event) -> bool:
+    """Whether it is a message: an answer that said something is one too."""
+    return event.type == "message" or (event.type in ENDINGS and bool(event.data["content"]))
 
 
 class RoomCursor:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
-import random
 import zlib
 from collections.abc import Hashable
 from typing import Protocol
@@ -47,6 +46,7 @@ class Listener(Protocol):
     """Who hears what the client of a socket says."""
 
     async def take(self, said: str | bytes) -> None: ...
+    def ended(self, source: Hashable) -> None: ...
     def gone(self, code: int, seconds: float) -> None: ...
 
 
@@ -55,6 +55,8 @@ class SocketSink(Sink):
 
     One prebuilt frame serves every connection. What goes to one alone is not compressed.
     """
+
+    endless = True  # what runs in its rooms is there for it when it is back
 
     def __init__(
         self,
@@ -69,7 +71,6 @@ class SocketSink(Sink):
         self._inbox = protocol.inbox
         self._listening: asyncio.Task[None] | None = None
         self._catching_up: asyncio.Task[None] | None = None
-        self._leaving: asyncio.Task[None] | None = None
         self._closing: asyncio.TimerHandle | None = None
         self._silent = 0  # half heartbeats in which nothing came of it
         self._left = 0  # bytes that it had not taken at the last of them
@@ -106,14 +107,19 @@ class SocketSink(Sink):
                 self.delivery.feed(cursor).add(self)
 
     def follow(self, cursor: Place) -> None:
-        """Reads what this cursor reads, too, from now on."""
+        """Reads what this cursor reads, too, from now on; the others, a thousand perhaps, stay live
+        where its socket takes at once what this one is behind.
+        """
         self.unfollow(cursor.source)
+        while cursor.behind and not self.protocol.writing_paused:
+            self.write(self.told(cursor))
+        if cursor.behind or cursor.ended:
+            self.leave()  # while all that it has are in their feeds
         self.cursors[cursor.source] = cursor
-        if not self.live or cursor.behind or cursor.ended or self.protocol.writing_paused:
-            self.leave()
-            self._advance()
+        if self.live:
+            self.enter(cursor)
         else:
-            self.enter(cursor)  # and leaves the others, a thousand perhaps, as they are
+            self._advance()
 
     def unfollow(self, source: Hashable) -> None:
         """Stops reading this source."""
@@ -121,37 +127,40 @@ class SocketSink(Sink):
         if cursor is not None and self.live:
             self.delivery.feed(cursor).remove(self)
 
-    def _advance(self) -> None:
-        """Goes live where it can at once; else catches up in a task."""
+    def _advance(self, missed: bool = False) -> None:
+        """Reads on as far as its socket takes it, and goes live; where it takes no more, waits for
+        it in a task. missed: comings and goings were told meanwhile.
+        """
         if self._catching_up is not None or self._closing is not None:
+            return
+        try:
+            while self.behind and not self.protocol.writing_paused:
+                self.write(self.read())
+        except FellBehind:
+            self.close(TOO_SLOW, "too slow: come back and resume")
+            return
+        if self.protocol.writing_paused:
+            self._catching_up = asyncio.create_task(self._catch_up())
             return
         for source, cursor in list(self.cursors.items()):
             if cursor.ended:
                 del self.cursors[source]
-        if not self.behind and not self.protocol.writing_paused:
-            self.join()
-        else:
-            self._catching_up = asyncio.create_task(self._catch_up())
+                if self.listener is not None:
+                    self.listener.ended(source)
+            elif missed:
+                self.write(self.encoder.encode(cursor.rejoined()))
+        self.join()  # whether or not its socket takes the last of that at once
 
     async def _catch_up(self) -> None:
-        lagged = self.protocol.writing_paused
         try:
-            while True:
-                await self.drained()
-                if not self.behind:
-                    break
-                self.write(self.read())
-            if lagged:
-                for cursor in self.cursors.values():
-                    self.write(self.encoder.encode(cursor.rejoined()))
-        except (TooSlow, FellBehind):
+            await self.drained()
+        except TooSlow:
             self.close(TOO_SLOW, "too slow: come back and resume")
-            return
         except ConnectionError:
-            return  # connection_lost is told
-        finally:
+            pass  # connection_lost is told
+        else:
             self._catching_up = None
-        self._advance()
+            self._advance(missed=True)
 
     def lag(self) -> None:
         """See Sink.lag."""
@@ -180,18 +189,8 @@ class SocketSink(Sink):
         self.send({"type": "error", **error.body()})
         self.close(4000 + error.status, error.code)
 
-    def leaving(self, window: float) -> asyncio.Task[None]:
-        """See Sink.leaving: what runs in its rooms is there for it when it is back."""
-        self._leaving = asyncio.create_task(self._leave(random.uniform(0, window)))
-        return self._leaving
-
     def drain(self, spread: float) -> None:
-        """See Sink.drain: at once, where it is still there."""
-        if self._leaving is None:
-            self.leaving(0)
-
-    async def _leave(self, wait: float) -> None:
-        await asyncio.sleep(wait)
+        """See Sink.drain: the code has no word for when."""
         self.close(WSCloseCode.SERVICE_RESTART, "restarting: come back")
 
     def wake(self) -> None:
@@ -249,7 +248,7 @@ class SocketSink(Sink):
         self.delivery.pings.drop(self)
         seconds = self.delivery.leave(self)
         self.delivery.sockets -= 1
-        for each in (self._listening, self._catching_up, self._leaving, self._closing):
+        for each in (self._listening, self._catching_up, self._closing):
             if each is not None:
                 each.cancel()
         if self.listener is not None:

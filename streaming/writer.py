@@ -19,10 +19,8 @@ class _Part:
 
     def __init__(self, number: int, piece: Piece) -> None:
         self.kind = piece.kind
-        self.choice = piece.choice
         self.id = piece.id
         self.name = piece.name
-        self.place = piece.place
         self.arguments: list[str] = []
         # What every delta of this part says besides its text; the log merges on it.
         self.head: JSON = {"part": number, "kind": piece.kind}

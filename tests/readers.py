@@ -174,12 +174,13 @@ class Connection:
         if body or method in ("POST", "PUT"):
             fields.setdefault("Content-Length", str(len(body)))
         lines = [f"{method} {target} HTTP/{self.http}", *(f"{k}: {v}" for k, v in fields.items())]
-        self.writer.write("\r\n".join([*lines, "\r\n"]).encode() + body)
+        head = "\r\n".join([*lines, "\r\n"])
+        self.writer.write(head.encode(errors="surrogateescape") + body)
         await self.writer.drain()
-        head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        pairs = (line.partition(":") for line in head[1:] if line)
+        status, *told = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+        pairs = (line.partition(":") for line in told if line)
         names = {name.strip().lower(): value.strip() for name, _, value in pairs}
-        return Answer(self, int(head[0].split(" ")[1]), names)
+        return Answer(self, int(status.split(" ")[1]), names)
 
     def cut(self, rst: bool = False) -> None:
         """Goes away at once, with FIN or with RST."""

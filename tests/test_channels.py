@@ -19,7 +19,7 @@ from tests.conftest import StartServer
 from tests.inside import in_process
 from tests.people import new_room, request
 from tests.processes import Server
-from tests.readers import Answer, Message, Sse, ask, connect
+from tests.readers import Answer, Message, Ndjson, Sse, ask, connect
 
 WAIT = 30
 
@@ -264,11 +264,15 @@ async def test_deep_data_is_published_or_refused(demo_server: Server) -> None:
 
 
 async def test_a_channel_over_ndjson(demo_server: Server) -> None:
-    """One object a line for who asks for it; bare text is refused."""
-    path = f"{demo_server.url}/api/v1/sse/stream/work"
-    headers = {"Accept": MEDIA["ndjson"], "X-User-Id": new_room()}
+    """One object a line for who asks for it, with the event's name; bare text is refused."""
+    path, user = f"{demo_server.url}/api/v1/sse/stream/work", new_room()
+    headers = {"Accept": MEDIA["ndjson"], "X-User-Id": user}
     async with ask("GET", path, headers=headers) as answer:
-        line = await anext(answer.pieces())
-        assert b'"channel":"work"' in line and line.endswith(b"}\n")
+        items = answer.items(Ndjson())
+        told = await anext(items)
+        assert (told["type"], told["channel"]) == ("connected", "work")
+        await publish(demo_server.url, user, "task.created", {"n": 1})
+        told = await anext(items)
+        assert (told["type"], told["n"]) == ("task.created", 1)
     async with ask("GET", f"{path}?format=text") as answer:
         assert answer.status == 422

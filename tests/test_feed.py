@@ -11,10 +11,14 @@ from aiohttp.base_protocol import BaseProtocol
 
 from streaming import delivery
 from streaming.config import Delivery as Config
+from streaming.config import Rooms
 from streaming.delivery import Delivery, Sink
 from streaming.dialects import NATIVE
-from streaming.encoders import NDJSON, encoder
+from streaming.encoders import NDJSON, WEBSOCKET, encoder
+from streaming.frames import ROOMS
 from streaming.log import Cursor, Log
+from streaming.room import Room
+from streaming.sockets import SocketProtocol, SocketSink
 from tests.processes import until
 
 
@@ -107,3 +111,49 @@ async def test_the_rest_is_bounded() -> None:
     await written(transport, 2)
     assert time.monotonic() - begun < delivery.REST_MOST * 15
     sink.leave()
+
+
+class Taking(Slow):
+    """A transport whose client takes what was written when it is told to."""
+
+    protocol: SocketProtocol
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.held = 0
+
+    def write(self, data: Any) -> None:
+        super().write(data)
+        self.held += len(data)
+        if self.held > Config().high_water and not self.protocol.writing_paused:
+            self.protocol.pause_writing()
+
+    def get_write_buffer_size(self) -> int:
+        return self.held
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return name == "sslcontext" or None  # so that it is not written past
+
+    async def take(self) -> None:
+        self.held = 0
+        if self.protocol.writing_paused:
+            self.protocol.resume_writing()
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+
+async def test_a_crowd_larger_than_the_high_water_mark_is_told_once() -> None:
+    """To a slow reader who has caught up: its socket is full with that, and it is live."""
+    room, transport = Room("r", Rooms(), messages=1), Taking()
+    protocol = transport.protocol = SocketProtocol(asyncio.get_running_loop(), 1000, False)
+    sink = SocketSink(Delivery(Config()), transport, protocol, encoder(ROOMS, WEBSOCKET))
+    sink.follow(room.join(None)[0])
+    room.people |= {f"{number:0128}": 1 for number in range(1000)}
+    room.append("message", {"user_id": "u", "content": "x" * Config().high_water})
+    await until(lambda: protocol.writing_paused)
+    for _ in range(5):
+        await transport.take()
+    room.append("message", {"user_id": "u", "content": "new"})
+    await until(lambda: b'"new"' in transport.writes[-1])
+    assert sum(b'"type":"presence"' in data for data in transport.writes) == 1
+    sink.gone()

@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from streaming.config import Rooms
 from streaming.events import Position
-from streaming.log import Cursor, FellBehind, Gap, Log
+from streaming.log import Cursor, FellBehind, Log
+from streaming.room import Room
 from tests.properties import property_test
 
 EPOCH = "epoch_of_this_log"
+SAID = {"user_id": "u", "content": "x"}
 
 
 class Bounds(NamedTuple):
@@ -92,16 +95,17 @@ def test_a_cursor_behind_the_tail_is_told() -> None:
 
 def test_without_a_position_a_cursor_begins_now() -> None:
     """At the top, and without a gap."""
-    cursor, gap = five_with_three_left().cursor()
-    assert (cursor.offset, gap) == (5, None)
+    cursor, opening = five_with_three_left().join(None)
+    assert [(event.type, event.id) for event in opening] == [("joined", Position(EPOCH, 5))]
+    assert cursor.read() == []
 
 
 @pytest.mark.parametrize("offset", [2, 3, 5])
 def test_a_cursor_goes_on_from_a_position(offset: int) -> None:
     """From any that is held, the tail and the top among them."""
-    log = five_with_three_left()
-    cursor, gap = log.cursor(f"{EPOCH}-{offset}")
-    assert gap is None
+    position = Position(EPOCH, offset)
+    cursor, opening = five_with_three_left().join(str(position))
+    assert [(event.type, event.id) for event in opening] == [("joined", position)]
     assert [event.id.offset for event in cursor.read()] == list(range(offset + 1, 6))
 
 
@@ -121,17 +125,18 @@ LOST: dict[str, Callable[[Log], str]] = {
 @pytest.mark.parametrize("position", LOST.values(), ids=LOST.keys())
 def test_a_lost_position_is_never_silent(position: Callable[[Log], str]) -> None:
     """The cursor goes on from now, with a gap that names what was asked for and where it is."""
-    log = five_with_three_left()
-    asked = position(log)
-    cursor, gap = log.cursor(asked)
-    assert gap == Gap(asked, Position(EPOCH, 5))
+    room = five_with_three_left()
+    asked = position(room.log)
+    cursor, (gap, _) = room.join(asked)
+    assert (gap.type, gap.data) == ("gap", {"requested": asked, "resumed": f"{EPOCH}-5"})
     assert cursor.read() == []
-    log.append("message", {})
+    room.append("message", SAID)
     assert [event.id.offset for event in cursor.read()] == [6]
 
 
-def five_with_three_left() -> Log:
-    log = Log({}, epoch=EPOCH, max_events=3)
+def five_with_three_left() -> Room:
+    room = Room("r", Rooms(events=3), messages=1)
+    room.restart(EPOCH, 0)
     for _ in range(5):
-        log.append("message", {})
-    return log
+        room.append("message", SAID)
+    return room

@@ -9,7 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import SOAK
+from streaming import config
+from streaming.delivery import Delivery
+from streaming.presence import Presence
+from streaming.room import Keeper, Room
+from streaming.rooms import Rooms
+from tests.conftest import SOAK, StartServer
 from tests.people import (
     TRANSPORTS,
     Socket,
@@ -21,7 +26,8 @@ from tests.people import (
     on_socket,
     request,
 )
-from tests.processes import Server
+from tests.processes import Server, until
+from tests.readers import Refused
 
 GRACE = 0.5
 
@@ -174,3 +180,40 @@ async def test_presence_is_exact_after_crashes(quick: Server) -> None:
             here ^= {user}
         assert here == {"ann", *stayers}
     await empty(quick.url, room)
+
+
+async def test_who_is_refused_was_never_there(server: StartServer) -> None:
+    """A stream that is one too many is told so, and nobody in the room hears of it."""
+    url = server(limits={"connections_per_user": 1}, rooms={"grace": 0}).url
+    async with joined(url, "a", "ann") as ann, joined(url, "b", "bob"):
+        with pytest.raises(Refused):
+            async with following(url, "a", "sse", "bob"):
+                pass
+        async with joined(url, "a", "cid"):
+            assert comings([await ann.next()]) == [("user_joined", "cid")]
+
+
+async def test_who_left_a_deleted_room_may_be_in_a_new_one_of_its_name() -> None:
+    """Its end is not told to other instances as a going: they know rooms by their names."""
+    told: list[str] = []
+
+    class Others(Keeper):
+        def entered(self, room: Room, user: str) -> None:
+            told.append("in")
+
+        def left(self, room: Room, user: str) -> None:
+            told.append("out")
+
+    rooms = Rooms(config.Rooms(), config.History(), Others())
+    presence = Presence(Delivery(config.Delivery()), grace=0)
+    before = rooms.get("a")
+    presence.enter(before, "ann")
+    rooms.end("a", "moderator")
+    again = rooms.get("a")
+    presence.enter(again, "ann")
+    presence.leave(before, "ann")
+    await until(lambda: not before.people)
+    assert (told, again.members) == (["in", "in"], ["ann"])
+    presence.leave(again, "ann")
+    await until(lambda: not again.people)
+    assert told == ["in", "in", "out"]

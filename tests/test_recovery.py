@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 
+from tests.clients import MEDIA
 from tests.conftest import SOAK, StartServer
-from tests.people import JSON, TRANSPORTS, following, joined, new_room, on_socket, publish
+from tests.people import JSON, TRANSPORTS, Stream, following, joined, new_room, on_socket, publish
 from tests.processes import Server, until
+from tests.raw_socket import dialled
+from tests.readers import Ndjson, Sse, ask
 
 SEED = os.environ.get("SEED") or secrets.token_hex(4)
 CUTS = 10_000 if SOAK else 300  # in each of the two runs of random cuts
@@ -88,7 +91,7 @@ async def test_the_id_of_joined_is_a_position_too(demo_server: Server, transport
 
 
 async def test_join_on_a_socket_takes_a_position(demo_server: Server) -> None:
-    """For each room its own."""
+    """For each room its own; what comes later comes once, whatever else the socket follows."""
     rooms = [new_room() for _ in range(3)]
     ids = [await fill(demo_server.url, room, 5) for room in rooms]
     async with on_socket(demo_server.url) as ann:
@@ -98,6 +101,18 @@ async def test_join_on_a_socket_takes_a_position(demo_server: Server) -> None:
             missed = 4 - number
             heard = [await ann.hear("message", room=room) for _ in range(missed)]
             assert [frame["id"] for frame in heard] == ids[number][number + 1 :]
+        for room in rooms:
+            await publish(demo_server.url, room, {"content": f"new in {room}"})
+        heard = [frame for frame in await ann.so_far() if frame["type"] == "message"]
+        assert [frame["content"] for frame in heard] == [f"new in {room}" for room in rooms]
+
+
+async def test_an_empty_position_is_none(demo_server: Server) -> None:
+    """As a client sends that has not had one yet, in a frame or in its query."""
+    async with on_socket(demo_server.url, "/ws/empty", last_event_id="") as ann:
+        assert (await ann.next())["type"] == "joined"
+        told = await ann.call("join", room=new_room(), last_event_id="")
+        assert (told["type"], told["recovered"]) == ("joined", False)
 
 
 # --- gaps ---------------------------------------------------------------------------------------
@@ -135,6 +150,18 @@ async def test_a_position_that_cannot_be_honoured(
         assert [message["id"] for message in told["messages"]] == ids
         await publish(demo_server.url, room, {"content": "new"})
         assert (await ann.next())["content"] == "new"
+
+
+async def test_a_position_that_is_no_text(demo_server: Server) -> None:
+    """Bytes of a header that are not UTF-8 are a position as wrong as any other."""
+    bad, path = {"Last-Event-ID": "a\udcff-1"}, f"{demo_server.url}/api/v1/rooms/x/events"
+    for transport in ("sse", "ndjson"):
+        async with ask("GET", path, headers={"Accept": MEDIA[transport], **bad}) as answer:
+            told = await Stream(answer, Sse() if transport == "sse" else Ndjson()).next()
+            assert (told["type"], told["requested"]) == ("gap", "a?-1")
+    async with dialled(demo_server.url, "/ws/x", headers=bad) as socket:
+        assert (await socket.hear("gap"))["requested"] == "a?-1"
+        await socket.hear("joined")
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -44,15 +44,18 @@ def busy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @asynccontextmanager
-async def follower(server: Server, kind: str, room: str) -> AsyncIterator[RawSocket | Answer]:
+async def follower(
+    server: Server, kind: str, room: str, after: str = ""
+) -> AsyncIterator[RawSocket | Answer]:
     """A reader with a small receive buffer, which has read `joined` and reads nothing more."""
     if kind == "ws":
-        async with dialled(server.url, f"/ws/{room}", receive_buffer=2048) as socket:
+        path = f"/ws/{room}" + (f"?last_event_id={after}" if after else "")
+        async with dialled(server.url, path, receive_buffer=2048) as socket:
             await socket.hear("joined")
             yield socket
     else:
         async with connect(server.url, receive_buffer=2048) as connection:
-            yield await followed(connection, room)
+            yield await followed(connection, room, after)
 
 
 async def followed(connection: Connection, room: str, after: str = "") -> Answer:
@@ -259,6 +262,29 @@ async def test_a_slow_reader_is_told_who_is_here_when_it_has_caught_up(busy: Ser
                 await passer.hear("joined")
         told = await reader.hear("presence")
     assert "anonymous" in told["members"]
+
+
+@pytest.mark.parametrize("kind", ["ws", "sse"])
+async def test_so_is_one_that_comes_back_from_long_ago(busy: Server, kind: str) -> None:
+    """It has never been live, and `joined` said who was here then."""
+    room, told = f"back-{kind}", {"type": "joined"}
+    async with dialled(busy.url, f"/ws/{room}") as writer:
+        first = (await writer.hear("joined"))["id"]
+        for _ in range(1500):
+            await writer.say(content=WORD)
+            await writer.hear("ack")
+    async with (
+        follower(busy, kind, room, first) as reader,
+        dialled(busy.url, f"/ws/{room}?user_id=passer") as passer,
+    ):
+        await passer.hear("joined")
+        if isinstance(reader, RawSocket):
+            told = await reader.hear("presence")
+        else:
+            items = reader.items(Sse())
+            while told["type"] != "presence":
+                told = (await anext(items)).json()
+    assert "passer" in told["members"]
 
 
 # --- replies that cannot be written -------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 from yarl import URL
 
 from app import build
+from handlers.websocket import ROOMS_MOST
 from streaming.config import Config
 from streaming.delivery import Feed, Sink
 from tests.conftest import StartServer
@@ -253,6 +254,18 @@ async def test_a_ref_comes_back_as_it_was(demo_server: Server, ref: object) -> N
 # --- whose room ---------------------------------------------------------------------------------
 
 
+async def test_a_deleted_room_takes_no_place(demo_server: Server) -> None:
+    """A socket that is in as many rooms as it may can join another for one that was deleted."""
+    name = new_room()
+    async with on_socket(demo_server.url) as ann:
+        for number in range(ROOMS_MOST):
+            await ann.call("join", room=f"{name}-{number}")
+        assert (await ann.call("join", room=name))["param"] == "room"
+        await request(demo_server.url, "DELETE", f"/api/v1/rooms/{name}-7")
+        await ann.hear("left", room=f"{name}-7")
+        assert (await ann.call("join", room=name))["type"] == "joined"
+
+
 async def test_everybody_is_in_a_room_of_their_own(demo_server: Server) -> None:
     """Each connection hears what is published to `user:{id}`, also one that is in another room."""
     me = new_room()
@@ -278,6 +291,18 @@ async def test_nobody_gets_out_of_their_own_room(demo_server: Server) -> None:
         assert (status, told["error"]["code"]) == (409, "conflict")
         await publish(demo_server.url, own, {"content": "Hi"}, me)
         assert (await one.hear("message"))["content"] == "Hi"
+
+
+async def test_frames_reach_the_own_room(demo_server: Server) -> None:
+    """Which nobody has to join first."""
+    me = new_room()
+    async with on_socket(demo_server.url, user_id=me) as one:
+        assert (await one.call("message", room=f"user:{me}", content="note"))["type"] == "ack"
+        assert (await one.hear("message"))["content"] == "note"
+        told = await one.call("history", room=f"user:{me}")
+        assert [message["content"] for message in told["messages"]] == ["note"]
+        assert "own person's room" in (await one.call("leave", room=f"user:{me}"))["message"]
+        assert (await one.call("history", room="user:another"))["code"] == "not_found"
 
 
 async def test_what_was_missed_in_the_own_room_can_be_read(demo_server: Server) -> None:
