@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
@@ -358,16 +359,17 @@ def connect(url: str) -> Redis:
     }
     parts = urlsplit(url)
     if parts.scheme in ("redis+sentinel", "rediss+sentinel"):
-        hosts = [host.rpartition(":") for host in parts.netloc.rpartition("@")[2].split(",")]
+        login, at, hosts = parts.netloc.rpartition("@")
         name, _, db = parts.path.strip("/").partition("/")
-        sentinels = [(host, int(port)) for host, _, port in hosts]
-        user, password = parts.username, parts.password
+        pairs = [host.rpartition(":") for host in hosts.split(",")]
+        sentinels = [(host, int(port)) for host, _, port in pairs]
+        # All but the hosts is read as in any other address.
+        plain = parts._replace(scheme="redis", netloc=login + at, path=f"/{db}").geturl()
         if parts.scheme == "rediss+sentinel":
             options["ssl"] = True
         asked = {"socket_timeout": PATIENCE}
         # The ignored error: redis-py gives its Sentinel no types.
         sentinel: Any = Sentinel(sentinels, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
-        login = {"db": int(db or 0), "username": user, "password": password}
-        client: Redis = sentinel.master_for(name, **login, **options)
+        client: Redis = sentinel.master_for(name, **{**options, **parse_url(plain)})
         return client
     return Redis.from_url(url, **options)
