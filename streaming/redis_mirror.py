@@ -40,7 +40,7 @@ class _Mirrored:
 
     def __init__(self, generation: Producer) -> None:
         self.generation = generation
-        self.offset = 0
+        self.offset = generation.log.top
         self.sending = False
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -177,9 +177,13 @@ class RedisMirror:
             return
         reply = answer.result()
         if isinstance(reply, int) and reply < 0:
+            mirrored.done.cancel()  # its room is told of that end, and not of ours
             self._drop(mirrored)
             self.generations.drop(generation)
             generation.fenced(owner_lost(), -reply)
+            room = generation.ask.room
+            if room is not None and generation.id in room.running:
+                room.running[generation.id] = self.replicas.running(room, generation.id)
             return
         if reply == b"lost":  # Redis has lost it: all of it again
             mirrored.offset = 0
@@ -198,7 +202,7 @@ class RedisMirror:
             mirrored.done.set_result(None)
 
     async def mirrored(self, stream_id: str) -> None:
-        """Returns once all of it is mirrored."""
+        """Returns once all of it is mirrored; is cancelled where another has ended it."""
         if (mirrored := self._mirrored.get(stream_id)) is not None:
             await asyncio.shield(mirrored.done)
 
@@ -211,7 +215,11 @@ class RedisMirror:
     def running(self, room: Room, stream_id: str) -> Log:
         """The log of a generation that a room tells of: of this instance's own, or a replica."""
         own = self.generations.held_here(stream_id)
-        return own.log if own is not None else self.replicas.running(room, stream_id)
+        if own is None:
+            return self.replicas.running(room, stream_id)
+        # Its end was not told, or is lost: unless it is there, when all of the room has been read.
+        asyncio.get_running_loop().call_soon(self.rooms.retell, room, own)
+        return own.log
 
     # --- leases, and what instances tell each other
 
@@ -220,12 +228,13 @@ class RedisMirror:
         if (generation := self.generations.held_here(word.get("stop", ""))) is not None:
             generation.stop()
         for stream_id in word.get("reading", ()):
-            if (generation := self.generations.held_here(stream_id)) is not None:
-                generation.read_elsewhere = time.monotonic() + self._lease
-        generation = self.generations.held_here(word.get("again", ""))
-        if generation is not None and generation.id not in self._mirrored:
-            self._follow(generation)
-            self._send(self._mirrored[generation.id])
+            if (generation := self.generations.held_here(stream_id)) is None:
+                self.replicas.unmade(stream_id)
+                continue
+            generation.read_elsewhere = time.monotonic() + self._lease
+            if generation.ending is not None and stream_id not in self._mirrored:
+                self._follow(generation)  # Redis has lost it, or its end
+                self._send(self._mirrored[stream_id])
 
     def restored(self) -> None:
         """Redis is heard again, or this instance's lease was over: what was made goes there. Others

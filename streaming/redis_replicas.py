@@ -167,7 +167,7 @@ class Replicas:
         replica.pending, pending = [], replica.pending
         if not meta:
             if replica.loaded:  # Redis has lost it
-                self._tell(replica, {"again": id})
+                self._tell(replica, {"reading": [id]})
             return True
         if not replica.loaded:
             fields = {name.decode(): value.decode() for name, value in meta.items()}
@@ -230,26 +230,33 @@ class Replicas:
         known = room is not None and room.running.get(replica.id) is replica.log
         return room if known else None
 
+    def unmade(self, stream_id: str) -> None:
+        """Somebody reads it as made here, and it is not: `tend` ends it."""
+        self._task(self.find(stream_id))
+
     def makers(self) -> set[str]:
         """Whom those that run need."""
         held = self._held.values()
         return {r.maker for r in held if r.loaded and (r.ending is None or self._room(r))}
 
     async def tend(self, gone: Iterable[str]) -> None:
-        """From time to time: says what is read here, ends what has lost its maker, and lets go of
-        what nobody reads.
+        """From time to time: says what is read here, ends what has lost its maker, tells rooms of
+        ends that they do not know of, and lets go of what nobody reads.
         """
         read: dict[str, list[str]] = {}
         for replica in self._held.values():
-            if replica.readers and replica.ending is None:
+            room = self._room(replica)
+            if replica.ending is None and (replica.readers or (room and room.people)):
                 read.setdefault(replica.maker, []).append(replica.id)
         for maker, ids in read.items():
             self._link.say(self.instance(maker), orjson.dumps({"reading": ids}))
-        lost = set(gone)
-        for replica in [r for r in self._held.values() if r.loaded and r.maker in lost]:
-            if replica.ending is None or self._room(replica):
-                with contextlib.suppress(Unavailable):  # the others may be elsewhere
+        lost = {*gone, self._me}  # what is made here has no replica here
+        for replica in [r for r in self._held.values() if r.loaded]:
+            with contextlib.suppress(Unavailable):  # the others may be elsewhere
+                if replica.ending is None and replica.maker in lost:
                     await self._bury(replica)
+                if (room := self._room(replica)) is not None:
+                    self.rooms.retell(room, replica)
         now = time.monotonic()
         for replica in list(self._held.values()):
             used = replica.readers or replica.log.listeners or now - replica.used < UNUSED
@@ -257,7 +264,7 @@ class Replicas:
                 self._forget(replica)
 
     async def _bury(self, replica: Replica) -> None:
-        """Its maker is gone: ends it, where that is still to be done, and tells its room."""
+        """Its maker is gone: ends it, where that is still to be done, and opens its room."""
         await self._load(replica)
         if replica.ending is None:
             error, said = owner_lost(), -(-len(replica.text()) // CHARS_PER_TOKEN)
@@ -278,10 +285,7 @@ class Replicas:
             else:
                 await self._load(replica)  # somebody else was quicker
         if replica.ending is not None and (name := replica.log.origin["room"]):
-            room = await self.rooms.rooms.open(name)
-            said_in = {"stream_id": replica.id, "user_id": replica.owner, "content": replica.text()}
-            if replica.id in room.running:
-                self.rooms.conclude(room, replica.ending.type, {**said_in, **replica.ending.data})
+            await self.rooms.rooms.open(name)
 
     def close(self) -> None:
         """Ends what still reads."""

@@ -23,6 +23,7 @@ from streaming import config
 from streaming.delivery import Delivery
 from streaming.errors import InvalidField, TooLarge, Unavailable
 from streaming.events import JSON, Event, Position, new_epoch
+from streaming.generation import Generation
 from streaming.log import Log, now_ms
 from streaming.redis_link import Link
 from streaming.redis_listing import Listing
@@ -32,6 +33,7 @@ from streaming.rooms import Rooms
 
 MESSAGE_BYTES = 16 << 20  # Redis cuts a subscriber that has more than 32 MB to take
 AGAIN = 1.0  # seconds between two attempts to read a room, or to tell it of an end
+PEOPLE = 7 * 86_400.0  # seconds that who is in a room is kept, longer than a connection lasts
 SETTLING = 1.0  # seconds that this may take while somebody waits
 THEIRS = "keys", "order"  # where idempotency keys of clients are kept, and in what order
 OURS = "sent", "sending"  # the same of ours, of which there are many, for a short time
@@ -283,6 +285,14 @@ class RedisRooms(Keeper):
             else:
                 return
 
+    def retell(self, room: Room, generation: Generation) -> None:
+        """Tells the room of the end of this one, where it takes it for running."""
+        ending = generation.ending
+        if ending is not None and generation.id in room.running:
+            said = {"stream_id": generation.id, "user_id": generation.owner}
+            told = {**said, "content": generation.text(), **ending.data}
+            self.conclude(room, ending.type, told)
+
     def running(self, room: Room, stream_id: str) -> Log | None:
         """See Keeper.running."""
         return self.mirror.running(room, stream_id)
@@ -291,7 +301,9 @@ class RedisRooms(Keeper):
 
     def entered(self, room: Room, user: str) -> None:
         """See Keeper.entered. A field each; those of an instance that crashed go with it."""
-        self._link.command("HSET", self._key(room, "people"), f"{self._me} {user}", "")
+        key = self._key(room, "people")
+        self._link.command("HSET", key, f"{self._me} {user}", "")
+        self._link.command("PEXPIRE", key, int(PEOPLE * 1000))
         self._say(room, {"in": user})
 
     def left(self, room: Room, user: str) -> None:
