@@ -235,8 +235,7 @@ class Replicas:
         """
         read: dict[str, list[str]] = {}
         for replica in self._held.values():
-            room = self._room(replica)
-            if replica.ending is None and (replica.readers or (room and room.people)):
+            if replica.readers and replica.ending is None:
                 read.setdefault(replica.maker, []).append(replica.id)
         for maker, ids in read.items():
             self._link.say(self._link.instance(maker), orjson.dumps({"reading": ids}))

@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from streaming.redis_scripts import CLAIM, END, PUBLISH
 from tests.bridged import kill, messages, tells
 from tests.clients import PROMPT, Kind, attach, named, start
@@ -22,29 +24,31 @@ StartInstances = Callable[..., Any]
 StartWire = Callable[[RedisServer], Any]
 
 
+@pytest.mark.parametrize("count", [1, 3])
 async def test_the_end_of_an_answer_is_lost(
-    redis_server: StartRedis, instances: StartInstances
+    redis_server: StartRedis, instances: StartInstances, count: int
 ) -> None:
     """Redis comes back as it was while the answer ran. Its end is told again, to who follows the
     room, to who comes to it, and to who reads the answer, on any instance.
     """
     redis = redis_server()
-    three = await instances(redis.url, 3)
+    each = await instances(redis.url, count)
+    first, other, last = each.urls[0], each.urls[count // 2], each.urls[-1]
     room, model = new_room(), named("tokens=60,rate=50")
-    async with joined(three.b, room, "bob") as bob:
-        async with joined(three.a, room, "ann") as ann:
+    async with joined(other, room, "bob") as bob:
+        async with joined(first, room, "ann") as ann:
             stream_id = (await ann.call("generate", message="go", model=model))["stream_id"]
             await bob.hear("stream_chunk")
             redis.call("SAVE")
             await ann.hear("stream_end", stream_id=stream_id)
             await bob.hear("stream_end", stream_id=stream_id)
         redis.kill()
-        await tells(False, *three.urls)
+        await tells(False, *each.urls)
         redis.start()
-        await tells(True, *three.urls)
-    seen = await asyncio.wait_for(attach(three.c, stream_id, CHAT), 20)
+        await tells(True, *each.urls)
+    seen = await asyncio.wait_for(attach(last, stream_id, CHAT), 20)
     assert (seen.ending, seen.text) == ("finished", expected(model, "go"))
-    for url in (three.c, three.b, three.a):
+    for url in each.urls:
         async with asyncio.timeout(20), following(url, room) as follower:
             if (await follower.next())["active"]:
                 assert (await follower.hear("stream_end"))["content"] == seen.text
