@@ -341,12 +341,14 @@ def _share(host: str, port: int) -> socket.socket:
 
 def _supervise(workers: int) -> int | None:
     """Forks so many processes, in each of which this returns None; starts one anew that breaks, and
-    ends all on SIGTERM or SIGINT. In the first process, then, the exit status.
+    ends all on SIGTERM or SIGINT, or where they cannot start. In the first process, then, the exit
+    status.
     """
     running: set[int] = set()
-    ending = False
+    ending = replaced = False
+    exit_status = 0
 
-    def end(number: int, frame: object) -> None:
+    def end(number: int = 0, frame: object = None) -> None:
         nonlocal ending
         ending = True
         for pid in running:
@@ -367,10 +369,14 @@ def _supervise(workers: int) -> int | None:
                 return None
         pid, status = os.wait()
         running.discard(pid)
-        if not ending:
+        if not ending and not replaced and os.waitstatus_to_exitcode(status) == 1:
+            exit_status = 1  # it has said why; another would say the same
+            end()
+        elif not ending:
             logger.error("worker ended", extra={"pid": pid, "status": status})
+            replaced = True
             time.sleep(WORKER_PAUSE)
-    return 0
+    return exit_status
 
 
 def _new_loop(name: str) -> asyncio.AbstractEventLoop:

@@ -156,3 +156,8 @@ class UpstreamError(RivuletError):
             message, code=code, param=param, status=status or default, retry_after=retry_after
         )
         self.upstream_status = upstream_status
+
+
+def owner_lost() -> RivuletError:
+    """The instance that made this is gone, and its end with it."""
+    return RivuletError("the server that made this answer is gone", status=502, code="owner_lost")

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from streaming import config
 from streaming.dialects import ENDINGS
-from streaming.errors import CannotStart, RivuletError, Unavailable
+from streaming.errors import CannotStart, Unavailable, owner_lost
 from streaming.events import JSON, Event, Position, new_epoch
 from streaming.history_file import Change, HistoryFile
 from streaming.room import KEYS, Keeper, Room
@@ -83,7 +83,7 @@ class History(Keeper):
         self._lost: set[str] = set()  # forgotten, and could not be written
         self._lock = asyncio.Lock()  # of batches
         self._writing: asyncio.Task[None] | None = None
-        self._opened = self._failing = self._corrupt = False
+        self._failing = self._corrupt = False
         self._whole = True  # the file has missed nothing since it was opened
 
     @property
@@ -107,14 +107,11 @@ class History(Keeper):
             raise CannotStart(
                 f"history.path: {self._file.path} cannot be used: {reason}"
             ) from error
-        self._opened = True
 
     async def close(self) -> None:
         """Writes what is left. Only where nothing was ever missed, rooms go on in the same epochs
         when the file is opened again: also those in which nothing has been said yet.
         """
-        if not self._opened:
-            return
         for name, held in self._held.items():
             if held.loading is None and not held.deleted:
                 self._dirty[name] = held
@@ -185,7 +182,7 @@ class History(Keeper):
         room.keys.update(((user, key), (digest, ids)) for user, key, digest, ids in kept.keys)
         held.written = kept.top
         for started in cut.values():
-            room.append("failed", {**started, "content": "", "error": _gone().body()})
+            room.append("failed", {**started, "content": "", "error": owner_lost().body()})
         if cut or lost:
             self._mark(room)
 
@@ -287,10 +284,6 @@ def _code(error: Exception) -> int:
 
 def _offset(id: str) -> int:
     return int(id.rpartition("-")[2])
-
-
-def _gone() -> RivuletError:
-    return RivuletError("the server that made this answer is gone", status=502, code="owner_lost")
 
 
 def _unavailable(done: str) -> Unavailable:

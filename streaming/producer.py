@@ -96,6 +96,7 @@ class Producer(Generation):
         try:
             await room.publish(told)
         except RivuletError as error:
+            self._told = self.id in room.running  # it may have come through all the same
             self._fail(error)
             raise
         finally:

@@ -15,12 +15,10 @@ import orjson
 from streaming import config
 from streaming.delivery import Delivery
 from streaming.errors import Unavailable
-from streaming.events import JSON, new_epoch
 from streaming.generations import Generations
 from streaming.redis_cluster import Cluster
 from streaming.redis_doors import RedisCounts, RedisStore
 from streaming.redis_link import Link
-from streaming.redis_listing import Listing
 from streaming.redis_mirror import RedisMirror
 from streaming.redis_rooms import RedisRooms
 from streaming.rooms import Rooms
@@ -34,20 +32,15 @@ class RedisBridge:
     """
 
     def __init__(self, cfg: config.Config, delivery: Delivery) -> None:
-        me, prefix, lease = new_epoch()[:16], cfg.redis.prefix, cfg.redis.lease
-        self._lease = lease
-        self._period = lease / 5
-        own = f"{prefix}{{instance}}:{me}"
+        self._lease = cfg.redis.lease
         kind = Cluster if "+cluster://" in cfg.redis.url else Link
-        self.link = kind(cfg.redis.url, own, self._restored, self._told)
-        self.rooms = RedisRooms(self.link, me, prefix, cfg.rooms, delivery)
-        self.mirror = RedisMirror(self.link, me, prefix, cfg.generation, lease)
-        self.tickets = RedisStore(self.link, prefix)
-        self.counts = RedisCounts(self.link, me, prefix)
-        instance, held = self.mirror.replicas.instance, self._held
-        self.listing = self.rooms.listing = Listing(self.link, me, prefix, instance, held)
+        self.link = kind(cfg.redis.url, cfg.redis.prefix, self._restored, self._told)
+        self.rooms = RedisRooms(self.link, cfg.rooms, delivery)
+        self.mirror = RedisMirror(self.link, cfg.generation, self._lease)
+        self.tickets = RedisStore(self.link)
+        self.counts = RedisCounts(self.link)
         self._due = asyncio.Event()
-        self._tending: asyncio.Task[None] | None = None
+        self._tending: asyncio.Task[None]
 
     @property
     def ready(self) -> bool:
@@ -62,18 +55,17 @@ class RedisBridge:
 
     async def start(self) -> None:
         """Connects; returns when it has, or could not for a moment: it goes on trying."""
-        await asyncio.gather(self.link.start(), self.listing.start())
+        await asyncio.gather(self.link.start(), self.rooms.listing.start())
         with contextlib.suppress(Unavailable):
             await self.mirror.tend()
         self._tending = asyncio.create_task(self._tend())
 
     async def close(self) -> None:
         """Says what is still to be said, and ends."""
-        if self._tending is not None:
-            self._tending.cancel()
+        self._tending.cancel()
         await self.mirror.finish()
         await self.rooms.close()
-        self.mirror.close()
+        await self.mirror.close()
         await self.link.close()
 
     def _restored(self) -> None:
@@ -87,12 +79,9 @@ class RedisBridge:
             return
         word = orjson.loads(message)
         if "listed" in word:
-            self.listing.told(word)
+            self.rooms.listing.told(word)
         else:
             self.mirror.heard(word)
-
-    def _held(self) -> list[JSON]:
-        return [room.summary for room in self.rooms.rooms]
 
     async def _tend(self) -> None:
         while True:
@@ -108,7 +97,7 @@ class RedisBridge:
             except Exception:
                 logger.exception("bridge broke")
             try:
-                async with asyncio.timeout(self._period):
+                async with asyncio.timeout(self._lease / 5):
                     await self._due.wait()
             except TimeoutError:
                 pass

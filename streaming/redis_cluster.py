@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,7 +24,7 @@ from redis.exceptions import (
 )
 
 from streaming.redis_link import Link
-from streaming.redis_node import LOST, Call, Node, connect, logger
+from streaming.redis_node import LOST, Call, Node, Tasks, connect, logger
 
 EVERY = 1.0  # seconds between two looks while a node is away
 PAUSE = 0.1  # seconds between two looks at any rate
@@ -45,7 +44,7 @@ class Cluster(Link):
         self._slots: list[Node | None] = [None] * REDIS_CLUSTER_HASH_SLOTS
         self._owners: set[Node | None] = {None}  # of slots
         self._stale = asyncio.Event()  # the slots are to be asked for
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         for seed in self._seeds:
             connect(seed)  # raises ValueError for what is no address
 
@@ -63,20 +62,13 @@ class Cluster(Link):
 
     async def start(self) -> None:
         """See Link.start."""
-        self._task(self._tend())
+        self._tasks.start(self._tend())
         await super().start()
 
     async def close(self) -> None:
         """See Link.close."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.end()
         await super().close()
-
-    def _task(self, coroutine: Any) -> None:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     # --- who has which slots
 
@@ -96,8 +88,8 @@ class Cluster(Link):
     async def _look(self) -> None:
         """Asks one that is heard, else any. It may not know yet: then another is asked later."""
         heard = {url for url, node in self._nodes.items() if node.up}
-        others = {*self._nodes, *self._seeds} - heard
-        for url in (*_shuffled(heard), *_shuffled(others)):
+        known = {*self._nodes, *self._seeds}
+        for url in sorted(known, key=lambda url: (url not in heard, random.random())):
             node = connect(url)
             try:
                 # The ignored error: redis-py gives its commands no types.
@@ -121,7 +113,7 @@ class Cluster(Link):
         self._arrange()
         for node in set(self._nodes.values()) - self._owners:
             del self._nodes[node.url]
-            self._task(node.close())
+            self._tasks.start(node.close())
 
     def _arrange(self) -> None:
         for channel in self._channels.values():
@@ -163,7 +155,3 @@ class Cluster(Link):
     def misplaced(self) -> None:
         """See redis_node.Owner."""
         self._stale.set()
-
-
-def _shuffled(urls: Iterable[str]) -> list[str]:
-    return random.sample(found := list(urls), len(found))

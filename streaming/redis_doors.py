@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterable
 from urllib.parse import quote
 
-from streaming.errors import Unavailable
 from streaming.limits import WINDOW
 from streaming.redis_link import Link
+from streaming.redis_node import failed
 from streaming.redis_scripts import HIT, SWAP
 
 KEPT = 3600.0  # seconds that Redis has a count without hearing of it
@@ -22,12 +22,11 @@ KEPT = 3600.0  # seconds that Redis has a count without hearing of it
 class RedisStore:
     """Tickets in Redis, for a time each."""
 
-    def __init__(self, link: Link, prefix: str) -> None:
+    def __init__(self, link: Link) -> None:
         self._link = link
-        self._prefix = prefix
 
     def _key(self, name: str) -> str:
-        return f"{self._prefix}ticket:{{{name}}}"
+        return f"{self._link.prefix}ticket:{{{name}}}"
 
     async def get(self, name: str) -> bytes | None:
         """See Store.get."""
@@ -47,24 +46,21 @@ class RedisStore:
 
     def extend(self, names: Iterable[str], seconds: float) -> None:
         """See Store.extend."""
-        if self._link.up:
-            for name in names:
-                self._link.command("PEXPIRE", self._key(name), int(seconds * 1000))
+        for name in names:
+            self._link.command("PEXPIRE", self._key(name), int(seconds * 1000))
 
 
 class RedisCounts:
-    """Counts in Redis. me: this instance's name, as of its lease."""
+    """Counts in Redis."""
 
-    def __init__(self, link: Link, me: str, prefix: str) -> None:
+    def __init__(self, link: Link) -> None:
         self._link = link
-        self._me = me
-        self._prefix = prefix
         self._here: dict[tuple[str, str], int] = {}
         self._unsaid: set[tuple[str, str]] = set()  # of what is at none, which Redis does not know
         self._said = time.monotonic()
 
     def _key(self, what: str, kind: str, user: str) -> str:
-        return f"{self._prefix}{what}:{{{kind}:{quote(user, safe='')}}}"
+        return f"{self._link.prefix}{what}:{{{kind}:{quote(user, safe='')}}}"
 
     async def hit(self, kind: str, user: str) -> tuple[int, float]:
         """See Shared.hit. A call that Redis did not answer may count twice."""
@@ -77,8 +73,8 @@ class RedisCounts:
         key = self._key("count", kind, user)
         said = await self._link.command("HGETALL", key)
         pairs = said.items() if isinstance(said, dict) else zip(said[::2], said[1::2], strict=True)
-        counts = {name.decode(): int(n) for name, n in pairs if name.decode() != self._me}
-        leases = (f"{self._prefix}{{instance}}:{name}" for name in counts)
+        counts = {name.decode(): int(n) for name, n in pairs if name.decode() != self._link.me}
+        leases = map(self._link.instance, counts)
         alive = await asyncio.gather(*(self._link.command("EXISTS", lease) for lease in leases))
         there = dict(zip(counts, alive, strict=True))
         if gone := [name for name in counts if not there[name]]:
@@ -95,25 +91,22 @@ class RedisCounts:
 
     def _say(self, kind: str, user: str) -> None:
         def said(answer: asyncio.Future[object]) -> None:
-            if answer.cancelled() or answer.exception() is not None:
+            if failed(answer):
                 self._unsaid.add((kind, user))
 
-        count = self._here.get((kind, user), 0)
+        count, me = self._here.get((kind, user), 0), self._link.me
         key = self._key("count", kind, user)
-        try:
-            if count:
-                self._link.command("HSET", key, self._me, count).add_done_callback(said)
-                self._link.command("PEXPIRE", key, int(KEPT * 1000))
-            else:
-                self._link.command("HDEL", key, self._me).add_done_callback(said)
-        except Unavailable:
-            self._unsaid.add((kind, user))
+        if count:
+            self._link.command("HSET", key, me, count).add_done_callback(said)
+            self._link.command("PEXPIRE", key, int(KEPT * 1000))
+        else:
+            self._link.command("HDEL", key, me).add_done_callback(said)
 
     def restored(self) -> None:
         """Says everything again: Redis, or who took this instance for lost, may have dropped it."""
-        unsaid, self._unsaid, self._said = self._unsaid, set(), time.monotonic()
-        for kind, user in unsaid | self._here.keys():
-            self._say(kind, user)
+        self._said = time.monotonic()
+        self._unsaid |= self._here.keys()
+        self.tend()
 
     def tend(self) -> None:
         """From time to time: says again what was not heard, and all before Redis forgets it."""

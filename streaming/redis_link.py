@@ -12,23 +12,35 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from streaming.redis_node import PATIENCE, Call, Channel, Handler, Node, Script, unavailable
+from streaming.events import new_epoch
+from streaming.redis_node import (
+    PATIENCE,
+    Call,
+    Channel,
+    Handler,
+    Node,
+    Script,
+    failed,
+    unavailable,
+)
 
 
 class Link:
     """One instance's link to Redis.
 
-    url: see `redis_node.connect`. own: the channel on which this instance is spoken to, and `told`
-    what it is told there. restored: called when Redis is heard again after an outage, and at first.
+    url: see `redis_node.connect`. prefix: of all keys and channels. restored: called when Redis is
+    heard again after an outage, and at first. told: with what this instance is told, by its name
+    `me`.
     """
 
     sharded = False
 
-    def __init__(self, url: str, own: str, restored: Callable[[], None], told: Handler) -> None:
-        self._own = own
+    def __init__(self, url: str, prefix: str, restored: Callable[[], None], told: Handler) -> None:
+        self.me = new_epoch()[:16]
+        self.prefix = prefix
         self._restored = restored
         self._told = told
-        self._probe = f"{own}:probe"
+        self._probe = f"{self.instance(self.me)}:probe"
         self._nodes: dict[str, Node] = {}  # by URL
         self._channels: dict[str, Channel] = {}
         self._first = asyncio.Event()  # it has been up
@@ -36,6 +48,12 @@ class Link:
 
     def _begin(self, url: str) -> None:
         self._node = self._nodes[url] = Node(url, self._probe, self)
+
+    def instance(self, name: str) -> str:
+        """The channel of an instance, and the key of its lease. In a cluster all are on one node,
+        so that who cannot renew its own does not take others for gone.
+        """
+        return f"{self.prefix}{{instance}}:{name}"
 
     @property
     def up(self) -> bool:
@@ -53,7 +71,7 @@ class Link:
 
     async def start(self) -> None:
         """Begins; returns when it is up, or after PATIENCE all the same."""
-        self._hear(self._own, self._told, True)
+        self._hear(self.instance(self.me), self._told, True)
         for node in self._nodes.values():
             node.start()
         with contextlib.suppress(TimeoutError):
@@ -105,7 +123,7 @@ class Link:
             call.answer.set_exception(unavailable())
         answer = asyncio.shield(call.answer)
         for each in (call.answer, answer):
-            each.add_done_callback(_looked_at)
+            each.add_done_callback(failed)
         return answer
 
     # --- what is heard
@@ -147,9 +165,3 @@ class Link:
         known = self._channels.pop(channel, None)
         if known is not None and known.node is not None:
             known.node.drop(known)
-
-
-def _looked_at(answer: asyncio.Future[Any]) -> None:
-    """Nobody may be waiting for it any more."""
-    if not answer.cancelled():
-        answer.exception()

@@ -20,20 +20,11 @@ PATIENCE = 1.0  # seconds for the others to answer: one of them may be frozen
 
 
 class Listing:
-    """This instance's part in it. instance: the channel of one. held: which rooms live here."""
+    """This instance's part in it. held: which rooms live here."""
 
-    def __init__(
-        self,
-        link: Link,
-        me: str,
-        prefix: str,
-        instance: Callable[[str], str],
-        held: Callable[[], list[JSON]],
-    ) -> None:
+    def __init__(self, link: Link, held: Callable[[], list[JSON]]) -> None:
         self._link = link
-        self._me = me
-        self._everybody = f"{prefix}instances"
-        self._instance = instance
+        self._everybody = f"{link.prefix}instances"
         self._held = held
         self._numbers = itertools.count()
         self._asking: dict[int, asyncio.Queue[list[JSON]]] = {}
@@ -47,7 +38,7 @@ class Listing:
         """What the others hold, and whether all of them have answered."""
         number, found = next(self._numbers), list[JSON]()
         answers = self._asking[number] = asyncio.Queue()
-        word = orjson.dumps({"by": self._me, "number": number})
+        word = orjson.dumps({"by": self._link.me, "number": number})
         try:
             async with asyncio.timeout(PATIENCE):
                 for _ in range(await self._link.publish(self._everybody, word)):
@@ -62,9 +53,9 @@ class Listing:
         if not message:
             return
         word = orjson.loads(message)
-        held = self._held() if word["by"] != self._me else []
+        held = self._held() if word["by"] != self._link.me else []
         answer = orjson.dumps({"listed": word["number"], "rooms": held})
-        self._link.say(self._instance(word["by"]), answer)
+        self._link.say(self._link.instance(word["by"]), answer)
 
     def told(self, word: JSON) -> None:
         """An instance has answered, perhaps too late."""

@@ -16,14 +16,15 @@ from typing import Any
 import orjson
 
 from streaming import config
-from streaming.errors import InvalidField, Unavailable
+from streaming.errors import InvalidField, Unavailable, owner_lost
 from streaming.events import JSON, Event
 from streaming.generation import Generation, Key
 from streaming.generations import Generations
 from streaming.log import Log
 from streaming.producer import Producer
 from streaming.redis_link import Link
-from streaming.redis_replicas import Replicas, owner_lost
+from streaming.redis_node import failed
+from streaming.redis_replicas import Replicas
 from streaming.redis_rooms import RedisRooms, hashed
 from streaming.redis_scripts import CLAIM, FREE, MIRROR
 from streaming.room import Room
@@ -40,7 +41,7 @@ class _Mirrored:
 
     def __init__(self, generation: Producer) -> None:
         self.generation = generation
-        self.offset = 0
+        self.offset = generation.log.top
         self.sending = False
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -48,16 +49,12 @@ class _Mirrored:
 class RedisMirror:
     """Mirrors what is made here, keeps this instance's lease, and sees who else has one.
 
-    me: this instance's name. lease: seconds after which an instance that is not heard of is gone.
+    lease: seconds after which an instance that is not heard of is gone.
     """
 
-    def __init__(
-        self, link: Link, me: str, prefix: str, cfg: config.Generation, lease: float
-    ) -> None:
-        self.replicas = Replicas(link, me, prefix)
+    def __init__(self, link: Link, cfg: config.Generation, lease: float) -> None:
+        self.replicas = Replicas(link)
         self._link = link
-        self._me = me
-        self._prefix = prefix
         self._lease = lease
         self.renewed = -math.inf  # when this instance's lease last was
         self._steady = 0.0  # since when it has been in time, always
@@ -112,7 +109,7 @@ class RedisMirror:
         """Writes down what it is, and that nothing of it is mirrored yet."""
         origin, key = generation.log.origin, self.replicas.key(generation.id, "meta")
         dialect = generation.dialect.name if generation.dialect is not None else ""
-        fields = {**origin, "maker": self._me, "owner": generation.owner, "dialect": dialect}
+        fields = {**origin, "maker": self._link.me, "owner": generation.owner, "dialect": dialect}
         told = [item for field in {**fields, "top": 0}.items() for item in field]
         return [
             self._link.command("DEL", self.replicas.key(generation.id, "log")),
@@ -124,7 +121,7 @@ class RedisMirror:
         self._link.command("DEL", self.replicas.key(generation.id, "meta"))
 
     def _idempotent(self, key: Key) -> str:
-        return f"{self._prefix}key:{{{hashed(f'{key.scope} {key.key}'.encode())}}}"
+        return f"{self._link.prefix}key:{{{hashed(f'{key.scope} {key.key}'.encode())}}}"
 
     def free(self, key: Key, stream_id: str) -> None:
         """See Mirror.free."""
@@ -163,7 +160,7 @@ class RedisMirror:
         told = orjson.dumps([log.origin["model"], [_told(event) for event in events]])
         keys = [self.replicas.key(log.epoch, "meta"), self.replicas.key(log.epoch, "log")]
         channel = self.replicas.key(log.epoch, "events")
-        arguments = channel, self._me, self._kept, first, last, told, ended
+        arguments = channel, self._link.me, self._kept, first, last, told, ended
         answer = self._link.call(MIRROR, keys, *arguments)
         mirrored.sending = True
         answer.add_done_callback(partial(self._sent, mirrored, last))
@@ -171,15 +168,19 @@ class RedisMirror:
     def _sent(self, mirrored: _Mirrored, last: int, answer: asyncio.Future[Any]) -> None:
         mirrored.sending = False
         generation = mirrored.generation
-        if answer.cancelled() or answer.exception() is not None:
+        if failed(answer):
             self._dirty[generation.id] = mirrored
             asyncio.get_running_loop().call_later(AGAIN, self._flush)  # Redis may have been slow
             return
         reply = answer.result()
         if isinstance(reply, int) and reply < 0:
+            mirrored.done.cancel()  # its room is told of that end, and not of ours
             self._drop(mirrored)
             self.generations.drop(generation)
             generation.fenced(owner_lost(), -reply)
+            room = generation.ask.room
+            if room is not None and generation.id in room.running:
+                room.running[generation.id] = self.replicas.running(room, generation.id)
             return
         if reply == b"lost":  # Redis has lost it: all of it again
             mirrored.offset = 0
@@ -198,7 +199,7 @@ class RedisMirror:
             mirrored.done.set_result(None)
 
     async def mirrored(self, stream_id: str) -> None:
-        """Returns once all of it is mirrored."""
+        """Returns once all of it is mirrored; is cancelled where another has ended it."""
         if (mirrored := self._mirrored.get(stream_id)) is not None:
             await asyncio.shield(mirrored.done)
 
@@ -211,7 +212,11 @@ class RedisMirror:
     def running(self, room: Room, stream_id: str) -> Log:
         """The log of a generation that a room tells of: of this instance's own, or a replica."""
         own = self.generations.held_here(stream_id)
-        return own.log if own is not None else self.replicas.running(room, stream_id)
+        if own is None:
+            return self.replicas.running(room, stream_id)
+        # Its end was not told, or is lost: unless it is there, when all of the room has been read.
+        asyncio.get_running_loop().call_soon(self.rooms.retell, room, own)
+        return own.log
 
     # --- leases, and what instances tell each other
 
@@ -220,12 +225,13 @@ class RedisMirror:
         if (generation := self.generations.held_here(word.get("stop", ""))) is not None:
             generation.stop()
         for stream_id in word.get("reading", ()):
-            if (generation := self.generations.held_here(stream_id)) is not None:
-                generation.read_elsewhere = time.monotonic() + self._lease
-        generation = self.generations.held_here(word.get("again", ""))
-        if generation is not None and generation.id not in self._mirrored:
-            self._follow(generation)
-            self._send(self._mirrored[generation.id])
+            if (generation := self.generations.held_here(stream_id)) is None:
+                self.replicas.unmade(stream_id)
+                continue
+            generation.read_elsewhere = time.monotonic() + self._lease
+            if generation.ending is not None and stream_id not in self._mirrored:
+                self._follow(generation)  # Redis has lost it, or its end
+                self._send(self._mirrored[stream_id])
 
     def restored(self) -> None:
         """Redis is heard again, or this instance's lease was over: what was made goes there. Others
@@ -240,7 +246,7 @@ class RedisMirror:
         Unavailable.
         """
         milliseconds = int(self._lease * 1000)
-        name = self.replicas.instance(self._me)
+        name = self._link.instance(self._link.me)
         known = await self._link.command("SET", name, 1, "GET", "PX", milliseconds)
         now = time.monotonic()
         if now - self.renewed > self._lease / 2:
@@ -253,7 +259,7 @@ class RedisMirror:
         gone: list[str] = []
         names = sorted(self.replicas.makers() | self.rooms.instances())
         if names and now - self._steady >= self._lease:
-            keys = map(self.replicas.instance, names)
+            keys = map(self._link.instance, names)
             alive = await asyncio.gather(*(self._link.command("EXISTS", key) for key in keys))
             gone = [name for name, there in zip(names, alive, strict=True) if not there]
         for name in gone:
@@ -266,10 +272,10 @@ class RedisMirror:
             self._flush()
             await asyncio.wait([m.done for m in self._mirrored.values()], timeout=CLOSING)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Gives up the lease, and ends."""
-        self.replicas.close()
-        self._link.command("DEL", self.replicas.instance(self._me))
+        await self.replicas.close()
+        self._link.command("DEL", self._link.instance(self._link.me))
 
 
 def _told(event: Event) -> list[Any]:

@@ -12,13 +12,14 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
@@ -48,6 +49,34 @@ class Script:
     def sharded(self) -> Script:
         """The same for a cluster, where what it publishes stays with the node that runs it."""
         return Script(self.source.replace("'PUBLISH'", "'SPUBLISH'"))
+
+
+class Tasks:
+    """Tasks that are held on to until they are done, or all are ended."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[Any]] = set()
+
+    def start(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Starts one."""
+        task = asyncio.create_task(coroutine)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
+
+    async def end(self, patience: float = 0) -> None:
+        """Cancels them, those that are not done within so many seconds, and waits for that."""
+        if self._running and patience:
+            await asyncio.wait(self._running, timeout=patience)
+        tasks = list(self._running)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def failed(answer: asyncio.Future[Any]) -> bool:
+    """Whether there is none, or an error, which counts as seen: nobody may be waiting for it."""
+    return answer.cancelled() or answer.exception() is not None
 
 
 def unavailable(message: str = "Redis cannot be reached") -> Unavailable:
@@ -153,27 +182,19 @@ class Node:
         self._left: set[str] = set()  # sharded channels whose end we have asked for
         self._pubsub: PubSub | None = None
         self._heard = 0.0  # when the last probe was
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     def start(self) -> None:
         """Begins to listen."""
-        for coroutine in (self._listen(), self._tend()):
-            self._task(coroutine)
+        self._tasks.start(self._listen())
+        self._tasks.start(self._tend())
 
     async def close(self) -> None:
         """Ends all connections, once what is to be sent has been."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.end()
         if self._sending is not None:
             await asyncio.wait([self._sending], timeout=PATIENCE)
         await self._redis.aclose()
-
-    def _task(self, coroutine: Any) -> None:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     # --- what is called
 
@@ -250,7 +271,7 @@ class Node:
         elif self._pubsub is not None:
             if verb := self._sharded(channel):
                 self._left.add(channel.name)
-            self._task(self._say(self._pubsub, [(f"{verb}UNSUBSCRIBE", channel.name)]))
+            self._tasks.start(self._say(self._pubsub, [(f"{verb}UNSUBSCRIBE", channel.name)]))
 
     def _sharded(self, channel: Channel) -> str:
         return "S" if self._owner.sharded and channel.ours else ""
@@ -258,7 +279,7 @@ class Node:
     def _ask(self) -> None:
         wanted, self._wanted = self._wanted, []
         if self._pubsub is not None and wanted:
-            self._task(self._say(self._pubsub, self._subscriptions(wanted)))
+            self._tasks.start(self._say(self._pubsub, self._subscriptions(wanted)))
 
     def _subscriptions(self, channels: Iterable[Channel]) -> list[Sequence[str]]:
         """Sharded ones each by itself: those of one command must be of one slot."""
@@ -358,16 +379,17 @@ def connect(url: str) -> Redis:
     }
     parts = urlsplit(url)
     if parts.scheme in ("redis+sentinel", "rediss+sentinel"):
-        hosts = [host.rpartition(":") for host in parts.netloc.rpartition("@")[2].split(",")]
+        login, at, hosts = parts.netloc.rpartition("@")
         name, _, db = parts.path.strip("/").partition("/")
-        sentinels = [(host, int(port)) for host, _, port in hosts]
-        user, password = parts.username, parts.password
+        pairs = [host.rpartition(":") for host in hosts.split(",")]
+        sentinels = [(host, int(port)) for host, _, port in pairs]
+        # All but the hosts is read as in any other address.
+        plain = parts._replace(scheme="redis", netloc=login + at, path=f"/{db}").geturl()
         if parts.scheme == "rediss+sentinel":
             options["ssl"] = True
         asked = {"socket_timeout": PATIENCE}
         # The ignored error: redis-py gives its Sentinel no types.
         sentinel: Any = Sentinel(sentinels, sentinel_kwargs=asked)  # type: ignore[no-untyped-call]
-        login = {"db": int(db or 0), "username": user, "password": password}
-        client: Redis = sentinel.master_for(name, **login, **options)
+        client: Redis = sentinel.master_for(name, **{**options, **parse_url(plain)})
         return client
     return Redis.from_url(url, **options)

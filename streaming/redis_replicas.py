@@ -10,19 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from streaming.dialects import DIALECTS, ENDINGS
-from streaming.errors import RivuletError, Unavailable
+from streaming.errors import Unavailable, owner_lost
 from streaming.events import JSON
 from streaming.generation import Generation
 from streaming.log import Log, now_ms
 from streaming.redis_link import Link
-from streaming.redis_node import unavailable
+from streaming.redis_node import Tasks, failed, unavailable
 from streaming.redis_scripts import END
 from streaming.room import Room
 from streaming.writer import CHARS_PER_TOKEN
@@ -68,31 +68,21 @@ class Replica(Generation):
 
 
 class Replicas:
-    """The replicas of this instance. me: its name. prefix: of all keys."""
+    """The replicas of this instance."""
 
-    def __init__(self, link: Link, me: str, prefix: str) -> None:
+    def __init__(self, link: Link) -> None:
         self._link = link
-        self._me = me
-        self._prefix = prefix
         self._held: dict[str, Replica] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks()
         self.rooms: RedisRooms
 
     def key(self, stream_id: str, kind: str) -> str:
         """The name of what is kept of a generation."""
-        return f"{self._prefix}stream:{{{stream_id}}}:{kind}"
+        return f"{self._link.prefix}stream:{{{stream_id}}}:{kind}"
 
-    def instance(self, name: str) -> str:
-        """The channel of an instance, and the key of its lease. In a cluster all are on one node,
-        so that who cannot renew its own does not take others for gone.
-        """
-        return f"{self._prefix}{{instance}}:{name}"
-
-    def _task(self, coroutine: Any) -> asyncio.Task[Any]:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    def _task(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = self._tasks.start(coroutine)
+        task.add_done_callback(failed)
         return task
 
     # --- finding them
@@ -167,7 +157,7 @@ class Replicas:
         replica.pending, pending = [], replica.pending
         if not meta:
             if replica.loaded:  # Redis has lost it
-                self._tell(replica, {"again": id})
+                self._tell(replica, {"reading": [id]})
             return True
         if not replica.loaded:
             fields = {name.decode(): value.decode() for name, value in meta.items()}
@@ -219,7 +209,7 @@ class Replicas:
     # --- their makers
 
     def _tell(self, replica: Replica, word: JSON) -> None:
-        channel = self.instance(replica.maker)
+        channel = self._link.instance(replica.maker)
         if "stop" in word and not self._link.reaches(channel):
             raise unavailable()
         self._link.say(channel, orjson.dumps(word))
@@ -230,26 +220,32 @@ class Replicas:
         known = room is not None and room.running.get(replica.id) is replica.log
         return room if known else None
 
+    def unmade(self, stream_id: str) -> None:
+        """Somebody reads it as made here, and it is not: `tend` ends it."""
+        self._task(self.find(stream_id))
+
     def makers(self) -> set[str]:
         """Whom those that run need."""
         held = self._held.values()
         return {r.maker for r in held if r.loaded and (r.ending is None or self._room(r))}
 
     async def tend(self, gone: Iterable[str]) -> None:
-        """From time to time: says what is read here, ends what has lost its maker, and lets go of
-        what nobody reads.
+        """From time to time: says what is read here, ends what has lost its maker, tells rooms of
+        ends that they do not know of, and lets go of what nobody reads.
         """
         read: dict[str, list[str]] = {}
         for replica in self._held.values():
             if replica.readers and replica.ending is None:
                 read.setdefault(replica.maker, []).append(replica.id)
         for maker, ids in read.items():
-            self._link.say(self.instance(maker), orjson.dumps({"reading": ids}))
-        lost = set(gone)
-        for replica in [r for r in self._held.values() if r.loaded and r.maker in lost]:
-            if replica.ending is None or self._room(replica):
-                with contextlib.suppress(Unavailable):  # the others may be elsewhere
+            self._link.say(self._link.instance(maker), orjson.dumps({"reading": ids}))
+        lost = {*gone, self._link.me}  # what is made here has no replica here
+        for replica in [r for r in self._held.values() if r.loaded]:
+            with contextlib.suppress(Unavailable):  # the others may be elsewhere
+                if replica.ending is None and replica.maker in lost:
                     await self._bury(replica)
+                if (room := self._room(replica)) is not None:
+                    self.rooms.retell(room, replica)
         now = time.monotonic()
         for replica in list(self._held.values()):
             used = replica.readers or replica.log.listeners or now - replica.used < UNUSED
@@ -257,7 +253,7 @@ class Replicas:
                 self._forget(replica)
 
     async def _bury(self, replica: Replica) -> None:
-        """Its maker is gone: ends it, where that is still to be done, and tells its room."""
+        """Its maker is gone: ends it, where that is still to be done, and opens its room."""
         await self._load(replica)
         if replica.ending is None:
             error, said = owner_lost(), -(-len(replica.text()) // CHARS_PER_TOKEN)
@@ -271,24 +267,15 @@ class Replicas:
             told = [replica.log.origin["model"], [["failed", data, now_ms()]]]
             keys = [self.key(replica.id, "meta"), self.key(replica.id, "log")]
             channel = self.key(replica.id, "events")
-            answer = self._link.call(END, keys, channel, self._me, ABOVE, orjson.dumps(told))
+            answer = self._link.call(END, keys, channel, self._link.me, ABOVE, orjson.dumps(told))
             if offset := await answer:
                 # Below 0 Redis knows nothing of it any more, and nobody else will end it.
                 self._apply(replica, max(offset, replica.log.top + ABOVE), *told)
             else:
                 await self._load(replica)  # somebody else was quicker
         if replica.ending is not None and (name := replica.log.origin["room"]):
-            room = await self.rooms.rooms.open(name)
-            said_in = {"stream_id": replica.id, "user_id": replica.owner, "content": replica.text()}
-            if replica.id in room.running:
-                self.rooms.conclude(room, replica.ending.type, {**said_in, **replica.ending.data})
+            await self.rooms.rooms.open(name)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Ends what still reads."""
-        for task in list(self._tasks):
-            task.cancel()
-
-
-def owner_lost() -> RivuletError:
-    """The instance that made this is gone, and its end with it."""
-    return RivuletError("the server that made this answer is gone", status=502, code="owner_lost")
+        await self._tasks.end()

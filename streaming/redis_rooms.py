@@ -23,15 +23,18 @@ from streaming import config
 from streaming.delivery import Delivery
 from streaming.errors import InvalidField, TooLarge, Unavailable
 from streaming.events import JSON, Event, Position, new_epoch
+from streaming.generation import Generation
 from streaming.log import Log, now_ms
 from streaming.redis_link import Link
 from streaming.redis_listing import Listing
+from streaming.redis_node import Tasks, failed
 from streaming.redis_scripts import DELETE, LOOK, PUBLISH
 from streaming.room import KEYS, Keeper, Room
 from streaming.rooms import Rooms
 
 MESSAGE_BYTES = 16 << 20  # Redis cuts a subscriber that has more than 32 MB to take
 AGAIN = 1.0  # seconds between two attempts to read a room, or to tell it of an end
+PEOPLE = 7 * 86_400.0  # seconds that who is in a room is kept, longer than a connection lasts
 SETTLING = 1.0  # seconds that this may take while somebody waits
 THEIRS = "keys", "order"  # where idempotency keys of clients are kept, and in what order
 OURS = "sent", "sending"  # the same of ours, of which there are many, for a short time
@@ -60,32 +63,26 @@ class _Held:
 
 
 class RedisRooms(Keeper):
-    """Keeps the rooms of this instance at what Redis holds.
-
-    link: is up while Redis is heard. me: this instance's name. prefix: of all keys.
-    """
+    """Keeps the rooms of this instance at what Redis holds."""
 
     keeps = True
 
-    def __init__(
-        self, link: Link, me: str, prefix: str, cfg: config.Rooms, delivery: Delivery
-    ) -> None:
+    def __init__(self, link: Link, cfg: config.Rooms, delivery: Delivery) -> None:
         self._link = link
-        self._me = me
-        self._prefix = prefix
+        self._me = link.me
         self._config = cfg
         self._delivery = delivery
         self._held: dict[str, _Held] = {}
         self._count = itertools.count()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._concluding: dict[str, set[asyncio.Task[None]]] = {}  # by room
         self._unsaid: set[tuple[Room, str]] = set()  # who has left, which Redis does not know
         self.rooms: Rooms  # whose keeper this is
-        self.listing: Listing
+        self.listing = Listing(link, lambda: [room.summary for room in self.rooms])
         self.mirror: Answers
 
     def _key(self, room: Room, kind: str) -> str:
-        return f"{self._prefix}room:{{{quote(room.name, safe='')}}}:{kind}"
+        return f"{self._link.prefix}room:{{{quote(room.name, safe='')}}}:{kind}"
 
     def _keys(self, room: Room) -> list[str]:
         return [self._key(room, "meta"), self._key(room, "log")]
@@ -159,10 +156,7 @@ class RedisRooms(Keeper):
             with contextlib.suppress(Unavailable):  # done again when Redis is back
                 await coroutine
 
-        task = asyncio.create_task(quiet())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
+        return self._tasks.start(quiet())
 
     async def _load(self, held: _Held) -> None:
         while True:
@@ -283,6 +277,14 @@ class RedisRooms(Keeper):
             else:
                 return
 
+    def retell(self, room: Room, generation: Generation) -> None:
+        """Tells the room of the end of this one, where it takes it for running."""
+        ending = generation.ending
+        if ending is not None and generation.id in room.running:
+            said = {"stream_id": generation.id, "user_id": generation.owner}
+            told = {**said, "content": generation.text(), **ending.data}
+            self.conclude(room, ending.type, told)
+
     def running(self, room: Room, stream_id: str) -> Log | None:
         """See Keeper.running."""
         return self.mirror.running(room, stream_id)
@@ -291,14 +293,16 @@ class RedisRooms(Keeper):
 
     def entered(self, room: Room, user: str) -> None:
         """See Keeper.entered. A field each; those of an instance that crashed go with it."""
-        self._link.command("HSET", self._key(room, "people"), f"{self._me} {user}", "")
+        key = self._key(room, "people")
+        self._link.command("HSET", key, f"{self._me} {user}", "")
+        self._link.command("PEXPIRE", key, int(PEOPLE * 1000))
         self._say(room, {"in": user})
 
     def left(self, room: Room, user: str) -> None:
         """See Keeper.left. Said again where it may not have come through."""
 
         def said(answer: asyncio.Future[Any]) -> None:
-            if answer.cancelled() or answer.exception() is not None:
+            if failed(answer):
                 self._unsaid.add((room, user))
 
         field = f"{self._me} {user}"
@@ -369,11 +373,7 @@ class RedisRooms(Keeper):
 
     async def close(self) -> None:
         """Says what is still to be said, as far as that works at once, and ends."""
-        if self._tasks and self._link.up:
-            await asyncio.wait(self._tasks, timeout=SETTLING)
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.end(SETTLING if self._link.up else 0)
 
 
 def _offset(entry: Sequence[bytes]) -> int:

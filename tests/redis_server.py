@@ -113,11 +113,13 @@ class Wire:
     """Passes bytes between clients and a Redis. url: where clients connect.
 
     delay: seconds that every piece takes, each way. deaf: what Redis says to subscribers is lost.
+    lost: where this is said, nothing that Redis says afterwards on that connection comes through.
     """
 
     def __init__(self, port: int) -> None:
         self.delay = 0.0
         self.deaf = False
+        self.lost = b""
         self.url = ""
         self._target = port
         self._whole = True
@@ -159,11 +161,11 @@ class Wire:
             return
         both = {writer, outer}
         self._writers |= both
-        subscribes = asyncio.Event()
+        subscribes, muted = asyncio.Event(), asyncio.Event()
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._pump(reader, outer, subscribes, spoken=True))
-                group.create_task(self._pump(inner, writer, subscribes, spoken=False))
+                group.create_task(self._pump(reader, outer, subscribes, muted, spoken=True))
+                group.create_task(self._pump(inner, writer, subscribes, muted, spoken=False))
         finally:
             self._tasks.discard(task)
             self._writers -= both
@@ -175,14 +177,17 @@ class Wire:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         subscribes: asyncio.Event,
+        muted: asyncio.Event,
         spoken: bool,
     ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
                 if spoken and b"SUBSCRIBE" in data:
                     subscribes.set()
+                if spoken and self.lost and self.lost in data:
+                    muted.set()
                 await asyncio.sleep(self.delay)
-                if self.deaf and not spoken and subscribes.is_set():
+                if not spoken and (muted.is_set() or (self.deaf and subscribes.is_set())):
                     continue
                 writer.write(data)
                 await writer.drain()

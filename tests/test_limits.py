@@ -17,6 +17,7 @@ from streaming import config, limits
 from streaming.errors import TooMany, Unavailable
 from streaming.limits import Limits, Quota, client_ip
 from streaming.redis_doors import RedisCounts
+from streaming.redis_link import Link
 from streaming.schema import network
 from tests.inside import in_process
 from tests.processes import until
@@ -206,14 +207,14 @@ async def test_nothing_is_counted_without_a_limit() -> None:
 class Instance:
     """One of several. Its lease is renewed only by `renew`."""
 
-    def __init__(self, link: Any, redis: RedisServer, name: str, cfg: config.Limits) -> None:
-        self.counts = RedisCounts(link, name, "r:")
+    def __init__(self, link: Link, redis: RedisServer, cfg: config.Limits) -> None:
+        self.counts = RedisCounts(link)
         self.limits = Limits(cfg, shared=self.counts)
-        self.link, self.redis, self.name = link, redis, name
+        self.link, self.redis = link, redis
         self.renew()
 
     def renew(self, milliseconds: int = 60_000) -> None:
-        self.redis.call("SET", f"r:{{instance}}:{self.name}", 1, "PX", milliseconds)
+        self.redis.call("SET", self.link.instance(self.link.me), 1, "PX", milliseconds)
 
     async def said(self) -> None:
         """What it has told is in Redis: calls keep their order."""
@@ -227,7 +228,7 @@ Start = Callable[..., Any]
 async def pair(redis: RedisServer, **given: int) -> AsyncIterator[tuple[Instance, Instance]]:
     cfg = config.Limits(**given)
     async with linked(redis) as one, linked(redis) as other:
-        yield Instance(one, redis, "a", cfg), Instance(other, redis, "b", cfg)
+        yield Instance(one, redis, cfg), Instance(other, redis, cfg)
 
 
 async def test_a_rate_counts_on_all_instances(
@@ -326,7 +327,7 @@ async def test_what_did_not_come_through_is_said_again(redis_server: Start, wire
     redis = redis_server()
     between = await wire(redis)
     async with linked(between) as link:
-        a = Instance(link, redis, "a", config.Limits(connections_per_user=2))
+        a = Instance(link, redis, config.Limits(connections_per_user=2))
         await a.limits.acquire("connections", "ann")
         await a.said()
         between.cut()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from streaming.redis_node import connect
 from tests.bridged import Day, tells
 from tests.clients import Kind, asked, attach, named, see
 from tests.people import joined, new_room, publish
@@ -61,6 +62,14 @@ async def test_a_database_of_its_own(redis_server: StartRedis, instances: StartI
         async with joined(url, room) as ann:
             assert (await ann.call("history"))["messages"][0]["content"] == url
     assert {name.partition(":")[0] for name in redis.names()} == {"rivulet", "other"}
+
+
+async def test_what_sentinels_do_not_know() -> None:
+    """The password of the servers, and more, are read as in any other address."""
+    url = "rediss+sentinel://ann:p%40ss@here:1,there:2/m/3?ssl_ca_certs=/ca.pem"
+    told = connect(url).connection_pool.connection_kwargs
+    wanted = {"username": "ann", "password": "p@ss", "db": 3, "ssl_ca_certs": "/ca.pem"}
+    assert wanted.items() <= told.items()
 
 
 async def test_a_failover_to_a_replica_that_lags(

@@ -32,7 +32,7 @@ EVENTS = "/api/v1/rooms/lobby/events"
 
 @asynccontextmanager
 async def linked(redis: RedisServer) -> AsyncIterator[Link]:
-    link = Link(redis.url, "own", lambda: None, lambda message: None)
+    link = Link(redis.url, "r:", lambda: None, lambda message: None)
     await link.start()
     try:
         yield link
@@ -49,7 +49,7 @@ async def two(request: pytest.FixtureRequest) -> AsyncIterator[tuple[Tickets, Ti
         return
     redis = request.getfixturevalue("redis_server")()
     async with linked(redis) as here, linked(redis) as there:
-        yield Tickets(AUTH, RedisStore(here, "r:")), Tickets(AUTH, RedisStore(there, "r:"))
+        yield Tickets(AUTH, RedisStore(here)), Tickets(AUTH, RedisStore(there))
         assert all("{" in name for name in redis.names())
 
 
@@ -226,7 +226,7 @@ async def test_memory_is_bounded_and_swept(monkeypatch: pytest.MonkeyPatch) -> N
 async def test_a_ticket_is_taken_once_where_redis_answers_late(redis_server: Any) -> None:
     """A call is repeated where the answer is lost: whoever spent it is the one who gets in."""
     async with linked(redis_server()) as link:
-        store = RedisStore(link, "r:")
+        store = RedisStore(link)
         await store.put("t", b"old", 10)
         for new, there in ((b"mine", True), (b"mine", True), (b"another's", False)):
             assert await store.put("t", new, 10, before=b"old") is there
@@ -236,7 +236,7 @@ async def test_without_redis_it_is_not_known(redis_server: Any) -> None:
     """Which is another word than that the ticket is bad: the client is to come back."""
     redis = redis_server()
     async with linked(redis) as link:
-        each = Tickets(AUTH, RedisStore(link, "r:"))
+        each = Tickets(AUTH, RedisStore(link))
         ticket = await each.issue(ANN)
         redis.kill()
         await until(lambda: not link.up)

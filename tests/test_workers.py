@@ -87,10 +87,22 @@ async def test_sigterm_ends_all(
     assert not any(alive(pid) for pid in pids)
 
 
+def refused(**environ: str) -> subprocess.CompletedProcess[bytes]:
+    """A start of two workers, which must fail."""
+    command = [sys.executable, "app.py", "--workers", "2", "--port", "0"]
+    environ |= {name: value for name, value in os.environ.items() if "REDIS" not in name}
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, timeout=60)
+
+
 def test_without_redis_it_is_refused() -> None:
     """They would be servers that know nothing of each other."""
-    command = [sys.executable, "app.py", "--workers", "2", "--port", "0"]
-    environ = {name: value for name, value in os.environ.items() if "REDIS" not in name}
-    ended = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, timeout=60)
+    ended = refused()
     assert ended.returncode == 2
     assert b"server.workers: more than one needs redis.url" in ended.stderr
+
+
+def test_where_none_can_start_they_are_not_started_anew() -> None:
+    """What each of them says of it is said, and the status is as of one."""
+    ended = refused(RIVULET_REDIS__URL="redis://here:port")
+    assert ended.returncode == 1
+    assert {line[:27] for line in ended.stderr.splitlines()} == {b"redis.url: cannot be read; "}
