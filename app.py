@@ -77,6 +77,7 @@ logger = logging.getLogger("rivulet")
 
 KEEPALIVE = 75.0  # seconds; longer than nginx keeps its side, so that it never meets a closed one
 HELD = 60.0  # seconds that an instance goes on hearing a room that nobody reads there
+CANNOT_START = 2  # the exit status, where somebody has to change something first
 WORKER_PAUSE = 0.5  # seconds before a worker that broke is started anew
 CUT_WAIT = 2.0  # seconds for cut streams to say their last, then for handlers to return
 
@@ -236,13 +237,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load(arguments.config, os.environ, overrides)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return 2
+        return CANNOT_START
     if arguments.check_config:
         try:
             build(config)
         except CannotStart as error:
             print(error, file=sys.stderr)
-            return 2
+            return CANNOT_START
         print("the configuration is good")
         return 0
     logs.start()
@@ -277,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             loop.run(_serve(config, listener, url))
         except CannotStart as error:
             print(error, file=sys.stderr)
-            return 1
+            return CANNOT_START
     return 0
 
 
@@ -340,15 +341,14 @@ def _share(host: str, port: int) -> socket.socket:
 
 
 def _supervise(workers: int) -> int | None:
-    """Forks so many processes, in each of which this returns None; starts one anew that breaks, and
-    ends all on SIGTERM or SIGINT, or where they cannot start. In the first process, then, the exit
-    status.
+    """Forks so many processes, in each of which this returns None; starts one anew that breaks, but
+    for one that cannot start, and ends all on SIGTERM or SIGINT. In the first process, then, the
+    exit status.
     """
     running: set[int] = set()
-    ending = replaced = False
-    exit_status = 0
+    ending = False
 
-    def end(number: int = 0, frame: object = None) -> None:
+    def end(number: int, frame: object) -> None:
         nonlocal ending
         ending = True
         for pid in running:
@@ -356,7 +356,7 @@ def _supervise(workers: int) -> int | None:
 
     numbers = (signal.SIGTERM, signal.SIGINT)
     usual = [signal.signal(number, end) for number in numbers]
-    while running or not ending:
+    while running or (workers and not ending):
         while len(running) < workers and not ending:
             signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # a child is known before it is ended
             pid = os.fork()
@@ -369,14 +369,12 @@ def _supervise(workers: int) -> int | None:
                 return None
         pid, status = os.wait()
         running.discard(pid)
-        if not ending and not replaced and os.waitstatus_to_exitcode(status) == 1:
-            exit_status = 1  # it has said why; another would say the same
-            end()
+        if os.waitstatus_to_exitcode(status) == CANNOT_START:
+            workers -= 1  # it has said why, and another would say the same
         elif not ending:
             logger.error("worker ended", extra={"pid": pid, "status": status})
-            replaced = True
             time.sleep(WORKER_PAUSE)
-    return exit_status
+    return 0 if workers else CANNOT_START
 
 
 def _new_loop(name: str) -> asyncio.AbstractEventLoop:

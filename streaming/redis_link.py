@@ -122,8 +122,7 @@ class Link:
         else:
             call.answer.set_exception(unavailable())
         answer = asyncio.shield(call.answer)
-        for each in (call.answer, answer):
-            each.add_done_callback(failed)
+        answer.add_done_callback(failed)
         return answer
 
     # --- what is heard

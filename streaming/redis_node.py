@@ -98,6 +98,7 @@ class Call:
         self.asking = False
         self.until = time.monotonic() + 2 * PATIENCE
         self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.answer.add_done_callback(failed)
 
     def command(self, whole: bool, sharded: bool) -> Sequence[Any]:
         if self.script is None:

@@ -595,7 +595,7 @@ def refused(directory: Path, history: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "app.py", "--config", str(file), "--port", "0"]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RIVULET_", "OPENAI_"))}
     ended = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     (line,) = ended.stderr.splitlines()
     assert line.startswith(f"history.path: {history} cannot be used: "), line
     return ended

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from streaming.redis_node import connect
+from streaming.redis_node import Call, connect, unavailable
 from tests.bridged import Day, tells
 from tests.clients import Kind, asked, attach, named, see
 from tests.people import joined, new_room, publish
@@ -34,6 +35,16 @@ def sentinel(tmp_path: Path) -> Iterator[Callable[[RedisServer], Sentinel]]:
     yield start
     for each in started:
         each.stop()
+
+
+async def test_an_answer_may_be_nobodys() -> None:
+    """What fails while nobody waits for it is no fault to be logged."""
+    said: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: said.append(context))
+    Call("", None, ()).answer.set_exception(unavailable())
+    await asyncio.sleep(0)
+    gc.collect()
+    assert not said
 
 
 async def test_a_unix_socket(

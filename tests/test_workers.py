@@ -104,5 +104,5 @@ def test_without_redis_it_is_refused() -> None:
 def test_where_none_can_start_they_are_not_started_anew() -> None:
     """What each of them says of it is said, and the status is as of one."""
     ended = refused(RIVULET_REDIS__URL="redis://here:port")
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert {line[:27] for line in ended.stderr.splitlines()} == {b"redis.url: cannot be read; "}
