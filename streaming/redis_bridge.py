@@ -91,6 +91,7 @@ class RedisBridge:
                 if self.mirror.renewed - before > self._lease:
                     self.counts.restored()  # others may have taken this instance for lost
                 self.counts.tend()
+                self.rooms.tend()
                 self.rooms.rooms.sweep()
             except Unavailable:
                 pass  # the link says so

@@ -76,7 +76,7 @@ class RedisRooms(Keeper):
         self._count = itertools.count()
         self._tasks = Tasks()
         self._concluding: dict[str, set[asyncio.Task[None]]] = {}  # by room
-        self._unsaid: set[tuple[Room, str]] = set()  # who has left, which Redis does not know
+        self._unsaid: set[tuple[Room, str]] = set()  # who came or left, which Redis does not know
         self.rooms: Rooms  # whose keeper this is
         self.listing = Listing(link, lambda: [room.summary for room in self.rooms])
         self.mirror: Answers
@@ -135,16 +135,16 @@ class RedisRooms(Keeper):
             self._link.unsubscribe(self._key(room, "events"))
 
     def restored(self) -> None:
-        """Redis is heard again, or this instance's lease was over: says who is here, and who is not
-        any more.
-        """
+        """Redis is heard again, or this instance's lease was over: says who is here."""
         for held in self._held.values():
             for user in held.room.people:
                 self.entered(held.room, user)
+
+    def tend(self) -> None:
+        """From time to time: says again what Redis did not take."""
         unsaid, self._unsaid = self._unsaid, set()
         for room, user in unsaid:
-            if user not in room.people:
-                self.left(room, user)
+            (self.entered if user in room.people else self.left)(room, user)
 
     def _reload(self, held: _Held) -> asyncio.Task[None]:
         if held.loading is None or held.loading.done():
@@ -249,8 +249,9 @@ class RedisRooms(Keeper):
         held = self._held.get(room.name)
         if held is not None and held.opened:
             self._apply(held, epoch, first, told_now)
-            if held.room.log.epoch != epoch or held.room.log.top < last:
-                await asyncio.shield(self._reload(held))
+            for _ in range(2):  # one that is under way may have looked before
+                if held.room.log.epoch != epoch or held.room.log.top < last:
+                    await asyncio.shield(self._reload(held))
         return [f"{epoch}-{offset}" for offset in range(first, last + 1)]
 
     def conclude(self, room: Room, type: str, data: JSON) -> None:
@@ -293,21 +294,24 @@ class RedisRooms(Keeper):
 
     def entered(self, room: Room, user: str) -> None:
         """See Keeper.entered. A field each; those of an instance that crashed go with it."""
-        key = self._key(room, "people")
-        self._link.command("HSET", key, f"{self._me} {user}", "")
-        self._link.command("PEXPIRE", key, int(PEOPLE * 1000))
+        self._note(room, user, "HSET", "")
+        self._link.command("PEXPIRE", self._key(room, "people"), int(PEOPLE * 1000))
         self._say(room, {"in": user})
 
     def left(self, room: Room, user: str) -> None:
-        """See Keeper.left. Said again where it may not have come through."""
+        """See Keeper.left."""
+        self._note(room, user, "HDEL")
+        self._say(room, {"out": user})
+
+    def _note(self, room: Room, user: str, name: str, *value: str) -> None:
+        """Tells Redis; `tend` does again where it may not have come through."""
 
         def said(answer: asyncio.Future[Any]) -> None:
             if failed(answer):
                 self._unsaid.add((room, user))
 
-        field = f"{self._me} {user}"
-        self._link.command("HDEL", self._key(room, "people"), field).add_done_callback(said)
-        self._say(room, {"out": user})
+        key, field = self._key(room, "people"), f"{self._me} {user}"
+        self._link.command(name, key, field, *value).add_done_callback(said)
 
     def told(self, room: Room, event: Event) -> None:
         """See Keeper.told."""
@@ -326,8 +330,9 @@ class RedisRooms(Keeper):
             if not known:
                 self._tell(room, "user_joined", word["in"])
         elif "out" in word:
+            known = room.has(word["out"])
             room.elsewhere.get(by, set()).discard(word["out"])
-            if not room.has(word["out"]):
+            if known and not room.has(word["out"]):
                 self._tell(room, "user_left", word["out"])
         elif "told" in word:
             self._delivery.broadcast(room, room.ephemeral(*word["told"]))

@@ -140,3 +140,47 @@ async def test_nothing_is_kept_for_ever(
         await ann.hear("stream_chunk")
         kill(one.servers[0])
     assert [name for name in redis.names() if redis.call("PTTL", name) < 0] == []
+
+
+async def test_what_is_acknowledged_is_there(
+    redis_server: StartRedis, instances: StartInstances, wire: StartWire
+) -> None:
+    """Also on an instance that hears of nothing, and looks for what it has missed while it is told
+    the next: whoever got an id finds that message there at once.
+    """
+    redis = redis_server()
+    link = await wire(redis)
+    two = await instances(redis.url, 1)
+    await two.add(url=link.url)
+    room = new_room()
+
+    async def say(content: str, after: float = 0) -> None:
+        await asyncio.sleep(after)
+        status, told = await publish(two.b, room, {"content": content})
+        assert status == 201, told
+        assert content in await messages(two.b, room)
+
+    async with joined(two.b, room, "ann"):
+        await say("first")
+        link.deaf, link.delay = True, 0.02
+        for turn in range(8):
+            assert (await publish(two.a, room, {"content": "elsewhere"}))[0] == 201
+            await asyncio.gather(*(say(f"{turn} {i}", i / 100) for i in range(20)))
+
+
+async def test_somebody_comes_while_redis_takes_nothing(
+    redis_server: StartRedis, instances: StartInstances
+) -> None:
+    """An instance that looks at the room later knows of them all the same."""
+    redis = redis_server()
+    two = await instances(redis.url, 2)
+    room = new_room()
+    async with joined(two.a, room, "bob"):
+        redis.call("CONFIG", "SET", "maxmemory", "1")
+        async with joined(two.a, room, "ann", "sse"):
+            assert redis.call("HLEN", f"rivulet:room:{{{room}}}:people") == 1
+            redis.call("CONFIG", "SET", "maxmemory", "0")
+            async with asyncio.timeout(20), following(two.b, room, user="eve") as eve:
+                members = (await eve.hear("joined"))["members"]
+                if "ann" not in members:
+                    await eve.hear("user_joined", userId="ann")
