@@ -25,9 +25,9 @@ test: tools
 	$(MAKE) lint
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-# The same tests with larger numbers.
+# The same tests with larger numbers, one by one: they measure, and some take minutes.
 soak: tools
-	SOAK=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	SOAK=1 $(BIN)/pytest -n 0 --timeout 1800 $(ARGS)
 
 bench: .venv/tests
 	bench/install.sh

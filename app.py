@@ -300,7 +300,7 @@ async def _serve(config: Config, listener: socket.socket, url: str) -> None:
     await runner.setup()
     assert runner.server is not None
     gate = Gate(app, runner.server)
-    await gate.open(listener)
+    gate.open(listener)
     told = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, told.set)

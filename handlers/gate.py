@@ -2,7 +2,7 @@
 
 So a flood meets little of us. Whoever says nothing, or a head byte by byte, costs a transport and
 what it has said, and no parser, task or timer; it is cut when `header_timeout` is over, or where
-LOBBY wait already, the longest there first: a client that means it sends its head right behind its
+the lobby is full, the longest there first: a client that means it sends its head right behind its
 connection. Only then is there a connection of aiohttp's, as long as there are less than
 `limits.connections`, or an answer at once that says when to come back. Those that are in stay.
 """
@@ -10,13 +10,16 @@ connection. Only then is there a connection of aiohttp's, as long as there are l
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import re
 import resource
 import socket
 import time
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Iterator
 from http import HTTPStatus
-from typing import cast
+from typing import Any, cast
 
 import orjson
 from aiohttp import web
@@ -34,12 +37,20 @@ LINE_BYTES = 65536  # of a request's first line: a GET's prompt is there, up to 
 HEAD_BYTES = LINE_BYTES + 32768  # of a whole head; nginx takes 32 KB of headers
 FIELDS = 100  # headers of a request
 AHEAD = 2  # requests that may wait on a connection; with 1 each request would stop its reading
-LOBBY = 1024  # that wait in it
+LOBBY = 16384  # that wait in it: thousands may come in one long turn of the loop
+BEGUN = 1024  # of them who have sent a part of a head
 BACKLOG = 4096  # connections waiting to be accepted: a reconnect storm comes at once
-AT_ONCE = 32  # accepted, and let in, in one turn of the loop: whoever reads a room waits meanwhile
+AT_ONCE = 32  # accepted, and let in, in a turn of the loop: whoever reads a room waits meanwhile
+SHARE = 1 / 4  # of a long turn, in which it is more: else thousands that ask keep others out
+EACH = 0.0001  # seconds that one takes
+GRACE, TURNS = 2.0, 4  # seconds, and turns of the loop, that they have where the lobby is full
+FULL = 0.05  # seconds until it is looked at again, where all in it are new
+PAUSE = 1.0  # the same where there are no files left
 RARELY = 20  # times as long as it took to count what is open, until it is counted again
 SPARE = 16  # beyond the limit, for those who ask how it is
 PROBES = b"GET /health ", b"GET /ready ", b"GET /metrics "
+
+logger = logging.getLogger("rivulet.gate")
 
 
 class Gate:
@@ -52,28 +63,64 @@ class Gate:
         self.lobby = Wheel(config.server.header_timeout)
         # A connection is an open file. Where there are none left nobody is even refused.
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.room = min(LOBBY, files // 4)
-        self.most = min(config.limits.connections or files, max(files - 2 * LOBBY, files // 2))
+        self.room = min(LOBBY, files // 8)
+        self.most = min(config.limits.connections or files, files - 2 * self.room)
         self._delivery = app[DELIVERY]
         self._server = server
         self._inside = 0  # those counted last, and all that were let in since
         self._recount = 0.0  # not before then, as time.monotonic() has it
+        self._begun: OrderedDict[Visitor, None] = OrderedDict()
         self._arrived: deque[Visitor] = deque()
-        self._listening: asyncio.Server | None = None
+        self._accepting, self._admitting = _Share(), _Share()
+        self._coming: set[asyncio.Task[Any]] = set()
+        self.turns = 0  # of the loop, in which some were accepted
 
-    async def open(self, listener: socket.socket) -> None:
+    def open(self, listener: socket.socket) -> None:
         """Takes the connections of this socket."""
-        loop = asyncio.get_running_loop()
-        # asyncio accepts as many in one turn of the loop as it is told may wait.
-        self._listening = await loop.create_server(
-            lambda: Visitor(self), sock=listener, backlog=AT_ONCE
-        )
+        self._listener = listener
+        listener.setblocking(False)
         listener.listen(BACKLOG)
+        self._listen()
+
+    def _listen(self) -> None:
+        if self._listener.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(self._listener, self._accept)
+
+    def _pause(self, seconds: float) -> None:
+        asyncio.get_running_loop().remove_reader(self._listener)
+        asyncio.get_running_loop().call_later(seconds, self._listen)
+
+    def _accept(self) -> None:
+        """As asyncio's servers do; but they accept a fixed number in a turn of the loop, and a turn
+        is long where thousands ask.
+        """
+        loop = asyncio.get_running_loop()
+        self.turns += 1
+        for _ in self._accepting.pieces():
+            try:
+                connection, _ = self._listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                logger.error("cannot accept", extra={"error": str(error)})
+                self._pause(PAUSE)
+                return
+            connection.setblocking(False)
+            coming = loop.connect_accepted_socket(lambda: Visitor(self), connection)
+            self._coming.add(task := loop.create_task(coming))
+            task.add_done_callback(self._coming.discard)
+            if len(self.lobby) + len(self._coming) > self.room:
+                oldest = cast(Visitor, self.lobby.oldest()) if len(self.lobby) else None
+                if oldest is None or not oldest.overdue():
+                    self._pause(FULL)
+                    return
+                oldest.beat()
 
     def close(self) -> None:
         """Takes no more, and cuts those in the lobby."""
-        if self._listening is not None:
-            self._listening.close()
+        if self._listener.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
         self.room = 0
         while len(self.lobby):
             self.lobby.oldest().beat()
@@ -82,8 +129,19 @@ class Gate:
     def wait(self, visitor: Visitor) -> None:
         """Somebody comes, or is to go on their own."""
         self.lobby.touch(visitor)
-        if len(self.lobby) > self.room:
-            self.lobby.oldest().beat()
+        if not self.room:
+            visitor.beat()
+
+    def begin(self, visitor: Visitor) -> None:
+        """Somebody who waits has sent a part of a head."""
+        self._begun[visitor] = None
+        if len(self._begun) > BEGUN:
+            next(iter(self._begun)).beat()
+
+    def drop(self, visitor: Visitor) -> None:
+        """Somebody does not wait any more."""
+        self.lobby.drop(visitor)
+        self._begun.pop(visitor, None)
 
     def arrive(self, visitor: Visitor) -> None:
         """Somebody is to be let in, when it is their turn."""
@@ -93,7 +151,9 @@ class Gate:
 
     def _admit(self) -> None:
         try:
-            for _ in range(min(AT_ONCE, len(self._arrived))):
+            for _ in self._admitting.pieces():
+                if not self._arrived:
+                    return
                 self._arrived.popleft().enter()
         finally:  # whatever happens to one
             if self._arrived:
@@ -122,10 +182,24 @@ class Gate:
         return True
 
 
+class _Share:
+    """A share of the loop's time, for what goes on turn by turn."""
+
+    def __init__(self) -> None:
+        self._ended = math.inf  # when it was over in the turn before, while more waited
+
+    def pieces(self) -> Iterator[None]:
+        """One for each connection that there is time for; the caller leaves when no more wait."""
+        turn, self._ended = time.monotonic() - self._ended, math.inf
+        for _ in range(max(AT_ONCE, int(max(turn, 0.0) * SHARE / EACH))):
+            yield
+        self._ended = time.monotonic()
+
+
 class Visitor(asyncio.Protocol):
     """A connection in the lobby."""
 
-    __slots__ = ("_arrived", "_gate", "_head", "_large", "_refused", "_transport")
+    __slots__ = ("_arrived", "_came", "_gate", "_head", "_large", "_refused", "_transport")
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -135,15 +209,21 @@ class Visitor(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.Protocol."""
         self._transport = cast(asyncio.Transport, transport)
+        self._came = time.monotonic(), self._gate.turns
         self._gate.wait(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """See asyncio.Protocol."""
-        self._gate.lobby.drop(self)
+        self._gate.drop(self)
+
+    def overdue(self) -> bool:
+        """Whether its head would have been read by now, if it had been sent."""
+        came, turn = self._came
+        return time.monotonic() - came > GRACE and self._gate.turns - turn > TURNS
 
     def beat(self) -> None:
         """It has no more time."""
-        self._gate.lobby.drop(self)
+        self._gate.drop(self)
         if not self._refused:
             self._gate.refused["header_timeout"] += 1
         self._transport.abort()
@@ -168,8 +248,10 @@ class Visitor(asyncio.Protocol):
             del head[FIELDS * 80 :]
         if whole or self._large or (head and not head[:1].isalpha()):
             self._arrived = True
-            self._gate.lobby.drop(self)
+            self._gate.drop(self)
             self._gate.arrive(self)
+        elif head:
+            self._gate.begin(self)
 
     def enter(self) -> None:
         """It is its turn."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from aiohttp import web
@@ -56,7 +58,7 @@ async def gated(
     assert runner.server is not None
     gate, listener = Gate(app, runner.server), socket.create_server(("127.0.0.1", 0))
     gate.room = room or gate.room
-    await gate.open(listener)
+    gate.open(listener)
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", gate
     finally:
@@ -179,17 +181,46 @@ async def test_a_head_that_is_too_large(guarded: Server) -> None:
             assert error["code"] == "header_too_large" and error["request_id"].encode() in top
 
 
-async def test_the_lobby_has_room_for_so_many() -> None:
-    """One more, and the one that has waited for the longest goes; who has all to say gets in."""
+async def test_the_lobby_has_room_for_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has all to say gets in, and one who has waited for long makes room for one who comes."""
     async with gated(room=3) as (url, gate), AsyncExitStack() as stack:
         silent = [await stack.enter_async_context(sent(url, b"GET ")) for _ in range(3)]
         await until(lambda: len(gate.lobby) == 3)
+        assert b" 200 " in await seen(url, HEAD + b"Connection: close\r\n\r\n")
+        assert len(gate.lobby) == 3  # who knows what is on its way?
+        monkeypatch.setattr("handlers.gate.GRACE", 0.0)
+        monkeypatch.setattr("handlers.gate.TURNS", 0)
         assert b" 200 " in await seen(url, HEAD + b"Connection: close\r\n\r\n")
         assert await silent[0].leftover() == b"" and len(gate.lobby) == 2
         for each in silent[1:]:
             each.writer.write(HEAD[4:] + b"Connection: close\r\n\r\n")
             assert b" 200 " in await each.leftover()
         assert not len(gate.lobby)
+
+
+async def test_so_many_may_send_a_part_of_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is kept. Who says nothing takes no such place."""
+    monkeypatch.setattr("handlers.gate.BEGUN", 2)
+    async with gated() as (url, gate), AsyncExitStack() as stack:
+        parts = b"GET ", b"GET ", b"", b"GET "
+        waiting = [await stack.enter_async_context(sent(url, part)) for part in parts]
+        assert await waiting[0].leftover() == b"" and len(gate.lobby) == 3
+
+
+def test_a_crowd_connects_and_then_asks(server: StartServer) -> None:
+    """As load generators do: nobody is cut for what they did not say yet, or was not read yet."""
+    at = urlsplit(server().url)
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with ExitStack() as stack:
+        crowd = [
+            stack.enter_context(socket.create_connection((at.hostname, at.port or 0)))
+            for _ in range(2000)
+        ]
+        for each in crowd:
+            each.sendall(HEAD + b"\r\n")
+        for each in crowd:
+            assert each.recv(65536).startswith(b"HTTP/1.1 200 ")
 
 
 async def test_a_gate_that_is_closed() -> None:
@@ -207,7 +238,7 @@ async def test_there_are_never_more_connections_than_files(monkeypatch: pytest.M
     """A server without a file left could not even refuse."""
     async with gated() as (_, gate):
         assert gate.most == Config().limits.connections or gate.most < 50_000
-    for files, most in ((100, 50), (4096, 2048), (20_000, 17_952)):
+    for files, most in ((100, 76), (4096, 3072), (20_000, 15_000)):
         monkeypatch.setattr("resource.getrlimit", lambda kind, files=files: (files, files))
         async with gated(Config(limits=Limits(connections=0))) as (_, gate):
             assert gate.most == most and gate.most + gate.room <= files

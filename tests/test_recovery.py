@@ -310,7 +310,7 @@ async def random_cuts(
         done.set()
         await asyncio.wait(writers)
         await publish(urls[0], room, {"content": "last"})
-    assert witness.gaps == 0 and len(witness.heard) > CUTS
+    assert witness.gaps == 0 and len(witness.heard) > CUTS / 2
     told = [frame for frame in witness.heard if frame is not None]
     assert [offset_of(frame["id"]) for frame in told] == list(range(1, len(told) + 1))
     for number in range(WRITERS):

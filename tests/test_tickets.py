@@ -26,7 +26,7 @@ from tests.redis_server import RedisServer
 
 AUTH = Auth(config.Auth(mode="token", keys=(Key("k", "ann", grants=Grants.read(["a*"])),)))
 ANN = AUTH.identify("k")
-BOB = Identity("bob", expires=time.time() + 1000)
+BOB = Identity("bob", expires=time.time() + 86_400)
 EVENTS = "/api/v1/rooms/lobby/events"
 
 
