@@ -43,6 +43,7 @@ BACKLOG = 4096  # connections waiting to be accepted: a reconnect storm comes at
 AT_ONCE = 32  # accepted, and let in, in a turn of the loop: whoever reads a room waits meanwhile
 SHARE = 1 / 4  # of a long turn, in which it is more: else thousands that ask keep others out
 EACH = 0.0001  # seconds that one takes
+LONG = 0.25  # seconds that a turn counts at most: the loop may have been at rest
 GRACE, TURNS = 2.0, 4  # seconds, and turns of the loop, that they have where the lobby is full
 FULL = 0.05  # seconds until it is looked at again, where all in it are new
 PAUSE = 1.0  # the same where there are no files left
@@ -191,7 +192,8 @@ class _Share:
     def pieces(self) -> Iterator[None]:
         """One for each connection that there is time for; the caller leaves when no more wait."""
         turn, self._ended = time.monotonic() - self._ended, math.inf
-        for _ in range(max(AT_ONCE, int(max(turn, 0.0) * SHARE / EACH))):
+        share = min(max(turn, 0.0), LONG) * SHARE
+        for _ in range(max(AT_ONCE, int(share / EACH))):
             yield
         self._ended = time.monotonic()
 
