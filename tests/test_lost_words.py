@@ -15,6 +15,7 @@ from streaming.redis_scripts import CLAIM, END, PUBLISH
 from tests.bridged import kill, messages, tells
 from tests.clients import PROMPT, Kind, attach, named, start
 from tests.people import following, joined, new_room, publish
+from tests.processes import until
 from tests.redis_server import RedisServer
 from tests.upstream import expected
 
@@ -175,10 +176,12 @@ async def test_somebody_comes_while_redis_takes_nothing(
     redis = redis_server()
     two = await instances(redis.url, 2)
     room = new_room()
+    people = f"rivulet:room:{{{room}}}:people"
     async with joined(two.a, room, "bob"):
+        await until(lambda: redis.call("HLEN", people) == 1)
         redis.call("CONFIG", "SET", "maxmemory", "1")
         async with joined(two.a, room, "ann", "sse"):
-            assert redis.call("HLEN", f"rivulet:room:{{{room}}}:people") == 1
+            assert redis.call("HLEN", people) == 1
             redis.call("CONFIG", "SET", "maxmemory", "0")
             async with asyncio.timeout(20), following(two.b, room, user="eve") as eve:
                 members = (await eve.hear("joined"))["members"]
